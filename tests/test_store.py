@@ -1,0 +1,79 @@
+"""The store of finished runs, its keys, and the rule that ends a run."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+import torch
+
+
+def test_hash_counts_code_not_comments(recall):
+    """Comments and docstrings change no hash; code does; the hash of a name only sees what that name rests on."""
+    source = 'import math\nE = 2\n\ndef f(x):\n    """Doc."""\n    return math.sin(x) ** E\n\ndef g(copy):\n    return copy\n'
+    quiet = source.replace('"""Doc."""', '"""Other."""  # and why')
+    assert recall.code_hash(source) == recall.code_hash(quiet) and recall.code_hash(source, "f") == recall.code_hash(quiet, "f")
+    other = source + "\ndef plot():\n    return f(1)\n\ncopy = 3\n"
+    assert recall.code_hash(source) != recall.code_hash(other)
+    assert recall.code_hash(source, "f") == recall.code_hash(other, "f") and recall.code_hash(source, "g") == recall.code_hash(other, "g")
+    for change in (("E = 2", "E = 3"), ("sin", "cos"), ("import math", "import cmath as math")):
+        assert recall.code_hash(source, "f") != recall.code_hash(source.replace(*change), "f")
+
+
+def test_runs_rest_on_the_models_and_not_on_the_plots(recall):
+    """What a stored run is keyed by covers kernels, models, data and training, and none of the figures."""
+    kept = "\n".join(recall.rests_on(recall.definitions(), "run_and_store"))
+    for name in ("scan_kernels", "FusedMamba", "Attention", "Recall", "sample_batch", "train", "vocabulary"):
+        assert f"name='{name}'" in kept, name
+    for name in ("show_figure", "band", "claims", "Profile", "run_all"):
+        assert f"name='{name}'" not in kept, name
+
+
+def test_a_run_is_trained_once_and_the_same_in_every_store(recall, tmp_path, monkeypatch):
+    """A second call trains nothing; a fresh store gets the same bits; a broken entry is set aside, reported and made again."""
+    job, profile = (recall.Config("P1a", "hybrid"), 0), recall.PROFILES["smoke"]
+    results = []
+    for name in ("a", "b"):
+        monkeypatch.setattr(recall, "STORE", tmp_path / name)
+        results.append(recall.run_all([job], profile, workers=1)[0])
+    for key in ("curve", "accuracy", "config", "seed"):
+        assert results[0][key] == results[1][key]
+    assert all(torch.equal(p, results[1]["weights"][k]) for k, p in results[0]["weights"].items())
+    entry, = (tmp_path / "b").glob("*.pt")
+    before = entry.stat().st_mtime_ns
+    recall.run_all([job], profile, workers=1)
+    assert entry.stat().st_mtime_ns == before
+    entry.write_bytes(entry.read_bytes()[:1000])
+    again = recall.run_all([job], profile, workers=1)[0]
+    assert again["curve"] == results[0]["curve"] and entry.exists() and entry.with_suffix(".broken").stat().st_size == 1000
+
+
+def test_broken_entry_is_reported(recall, tmp_path, capsys):
+    """A file that cannot be read is named and kept under another name."""
+    path = tmp_path / "run.pt"
+    path.write_bytes(b"not a run")
+    assert recall.load_entry(path) is None and "run.pt could not be read" in capsys.readouterr().out
+    assert (tmp_path / "run.broken").read_bytes() == b"not a run" and recall.load_entry(path) is None
+
+
+def test_entries_differ_by_all_that_decides(recall):
+    """Rate, norm, seed, budget, code: each alone makes another entry; the problem's name does not."""
+    config, profile = recall.Config("P2a", "mamba", M=16), recall.PROFILES["full"]
+    path = lambda config=config, seed=0, profile=profile, code="c": recall.entry_path(config, seed, profile, code)
+    others = [path(dataclasses.replace(config, rate=2e-3)), path(dataclasses.replace(config, norm="rms")), path(seed=1),
+              path(profile=dataclasses.replace(profile, budget=10)), path(code="d"), path(dataclasses.replace(config, problem="search"))]
+    assert len({path(), *others}) == 7 and path(dataclasses.replace(config, problem="other")) == path()
+
+
+@pytest.mark.parametrize("curve, window, answer", [
+    ([0.1] * 8, 4, False), ([0.1] * 4 + [0.2] * 4, 4, True), ([0.1] * 4 + [0.109] * 4, 4, False), ([0.5, 0.9], 4, False), ([0.9] * 4 + [0.1] * 4, 4, False)])
+def test_climbing(recall, curve, window, answer):
+    """A budget grows only while the mean accuracy of a window is over a point above that of the one before."""
+    assert recall.climbing(curve, window) is answer
+
+
+def test_a_doctored_table_breaks_a_claim(recall):
+    """Claims are computed from the tables: tables in which nothing was learned cannot carry the report's claims."""
+    rows = [dict(problem=c.problem, model=c.model, K=16, d=c.d, M=c.M, tau=c.tau, L=64, seed=0, n=1000, correct=500) for c in recall.CONFIGS]
+    accuracy = pd.DataFrame([r | {"length": n} for r in rows for n in range(3, 193)])
+    convergence = pd.DataFrame([r | {"step": s} for r in rows for s in range(100, 1000, 100)])
+    assert (recall.check_claims(accuracy, convergence).holds == "NO").any()
