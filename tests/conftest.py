@@ -14,8 +14,11 @@ sys.path.insert(0, str(ROOT))
 def recall(tmp_path_factory):
     """The definitions of recall.ipynb as a module."""
     import report
-    torch.set_num_threads(2)
-    return report.load_definitions(ROOT / "recall.ipynb", tmp_path_factory.mktemp("definitions"))
+    module = report.load_definitions(ROOT / "recall.ipynb", tmp_path_factory.mktemp("definitions"))
+    torch.set_num_threads(1)  # as in the workers; small batches only wait for more threads
+    if module.numba:
+        module.numba.set_num_threads(1)
+    return module
 
 
 @pytest.fixture
