@@ -8,7 +8,8 @@ fonts inside Typst, so that the PDF is the same on every machine and carries no 
 
 What the exporter looks for in the notebook:
 
-* cell tags: ``abstract``, ``hide-input`` (code goes to an appendix), ``remove-cell``;
+* cell tags: ``abstract``, ``hide-input`` (code goes to an appendix), ``comment`` (the code only fills numbers into text:
+  its output alone is set), ``remove-cell``;
 * output metadata: ``{"figure": {"name", "number", "caption", "width"?}}``,
   ``{"table": {"number", "caption"}}``, ``{"caption": true}`` (shown by Jupyter only, dropped
   here) and ``{"provenance": {...}}`` (becomes ``key=value`` keywords of the PDF);
@@ -178,6 +179,12 @@ TEMPLATE = r"""
 """
 
 
+# Wide pages of three columns, so that the plumbing takes few of them and its lines stay whole.
+APPENDIX = """#set page(paper: "a3", flipped: true, columns: 3, margin: 1.3cm, header: none)
+#set columns(gutter: 0.8cm)
+#code-size.update(5.4pt)"""
+
+
 class ExportError(Exception):
     """The notebook cannot be turned into a PDF, for the reason in the message."""
 
@@ -256,7 +263,7 @@ class ReportPreprocessor(Preprocessor):
         nb.cells = [cell for cell in nb.cells if cell.cell_type != "raw"]
         if self.appendix:
             nb.cells.append(nbformat.v4.new_markdown_cell(
-                "## Appendix: code of the folded cells\n\n" + _raw("#code-size.update(6pt)") + "".join(self.appendix)))
+                _raw(APPENDIX) + "## Appendix: code of the folded cells\n\n" + "".join(self.appendix)))
         for cell in nb.cells:
             cell.cell_type = "markdown"
         return nb, resources
@@ -298,6 +305,8 @@ class ReportPreprocessor(Preprocessor):
     def code_cell(self, cell) -> str:
         """Markdown for a code cell: its source, or a pointer to the appendix, and its outputs."""
         code = _fenced(cell.source, self.language) if cell.source.strip() else ""
+        if "comment" in cell.metadata.get("tags", []):
+            code = ""
         if code and "hide-input" in cell.metadata.get("tags", []):
             comment = re.search(r"^#[\s#%=-]*(\w.*?)[\s.:=#-]*$", cell.source, re.MULTILINE)
             number = len(self.appendix) + 1
