@@ -46,7 +46,8 @@ TEMPLATE = r"""
 #let serif = ("New Computer Modern", "New Computer Modern Math", "Libertinus Serif", "DejaVu Sans Mono")
 #let mono = ("DejaVu Sans Mono", "New Computer Modern Math")
 #let grey = luma(110)
-#let code-size = state("code-size", 6.9pt)
+#let code-size = state("code-size", 6.4pt)
+#let small = state("small", false)  // whether a table is long enough to be set in small type
 
 // Moves to the next page unless this one has so much room left; leaves no trace otherwise.
 #let needs(height) = {
@@ -59,7 +60,7 @@ TEMPLATE = r"""
 #let report(title: "", running: "", authors: (), keywords: (), body) = {
   set document(title: title, author: authors, keywords: keywords, date: none)
   set page(
-    paper: "a4", margin: (x: 2.2cm, top: 2.4cm, bottom: 2.3cm), footer-descent: 35%,
+    paper: "a4", margin: (x: 2cm, top: 2.1cm, bottom: 2cm), footer-descent: 35%,
     header: context if counter(page).get().first() > 1 {
       set text(8.5pt, fill: grey, style: "italic")
       running
@@ -68,7 +69,7 @@ TEMPLATE = r"""
     },
     footer: context align(center, text(8.5pt, fill: grey, counter(page).display("1 / 1", both: true))),
   )
-  set text(font: serif, size: 10pt, lang: "en")
+  set text(font: serif, size: 9.5pt, lang: "en")
   set par(justify: true, leading: 0.62em, spacing: 0.95em)
   set list(indent: 0.6em)
   set enum(indent: 0.6em)
@@ -85,7 +86,7 @@ TEMPLATE = r"""
 
   show raw: set text(font: mono)
   show raw.where(block: false): set text(0.92em)
-  // 6.9 pt puts 110 characters on a line; the zero-width spaces let longer words wrap.
+  // 6.4 pt puts 125 characters on a line; the zero-width spaces let longer words wrap.
   show raw.where(block: true): it => context {
     set text(code-size.get())
     set par(justify: false, leading: 0.5em)
@@ -102,8 +103,8 @@ TEMPLATE = r"""
   }
 
   set figure(numbering: none, supplement: none, gap: 0.8em)
-  show figure: set block(above: 1.5em, below: 1.5em)
-  show figure.caption: set text(9pt)
+  show figure: set block(above: 1.2em, below: 1.2em)
+  show figure.caption: set text(8.5pt)
   // Centred when it takes one line, flush otherwise. A caption above a long table must not stay
   // behind when the table moves to the next page.
   show figure.caption: it => block(
@@ -123,7 +124,7 @@ TEMPLATE = r"""
     let columns = if type(it.columns) == int { it.columns } else { it.columns.len() }
     // The largest type in which the table needs no wrapped cells, within reason.
     layout(room => {
-      let sizes = if columns > 7 { (8.5pt, 8pt, 7.5pt, 7pt, 6.5pt) } else { (9pt, 8.5pt) }
+      let sizes = if small.get() { (7.5pt,) } else if columns > 7 { (8.5pt, 8pt, 7.5pt, 7pt, 6.5pt) } else { (9pt, 8.5pt) }
       let fits = sizes.find(s => measure(text(s, it)).width <= room.width)
       set text(if fits == none { sizes.last() } else { fits })
       align(center, block(stroke: (top: 0.8pt, bottom: 0.8pt), it))
@@ -162,10 +163,14 @@ TEMPLATE = r"""
     float(set-table)
   } else {
     needs(5cm)  // a long table may break, but not after its first rows
+    small.update(lines > 30)
     set-table(none)
+    small.update(false)
   }
 }
-#let folded(key, title) = block(text(8.5pt, fill: grey)[Code: see appendix, #link(label(key), title)])
+#let folded(..cells) = block(above: 0.6em, below: 0.8em, text(7.5pt, fill: grey)[
+  Code in the appendix: #cells.pos().map(((key, title)) => link(label(key), title)).join([; ]).
+])
 #let folded-heading(key, title) = [#heading(level: 3, title) #label(key)]
 // A link to a heading, or plain text when there is no such heading.
 #let goto(key, body) = context {
@@ -179,10 +184,10 @@ TEMPLATE = r"""
 """
 
 
-# Wide pages of three columns, so that the plumbing takes few of them and its lines stay whole.
-APPENDIX = """#set page(paper: "a3", flipped: true, columns: 3, margin: 1.3cm, header: none)
-#set columns(gutter: 0.8cm)
-#code-size.update(5.4pt)"""
+# Wide pages of four columns, so that the plumbing takes few of them and its lines stay whole.
+APPENDIX = """#set page(paper: "a3", flipped: true, columns: 4, margin: 1.1cm, header: none)
+#set columns(gutter: 0.5cm)
+#code-size.update(4.9pt)"""
 
 
 class ExportError(Exception):
@@ -243,7 +248,7 @@ class ReportPreprocessor(Preprocessor):
         self.folder = Path(resources["metadata"].get("path") or ".")
         self.files = resources["outputs"] = {}
         self.language = nb.metadata.get("language_info", {}).get("name", "python")
-        self.appendix, self.texts = [], 0
+        self.appendix, self.pointers, self.texts = [], [], 0
         resources["title"] = resources["metadata"].get("name", "Report")
         resources["authors"] = [author["name"] for author in nb.metadata.get("authors", [])]
         for index, cell in enumerate(nb.cells):
@@ -260,6 +265,9 @@ class ReportPreprocessor(Preprocessor):
                     title = f"title-block({_array(resources['authors'])})"
                     text = _call(title, match[1], match[2]) + text[match.end():]
                 cell.source = text
+            if self.pointers and cell.source.strip():  # cells that only define share one line
+                cell.source = _raw(f"#folded({', '.join(self.pointers)},)") + cell.source
+                self.pointers = []
         nb.cells = [cell for cell in nb.cells if cell.cell_type != "raw"]
         if self.appendix:
             nb.cells.append(nbformat.v4.new_markdown_cell(
@@ -313,7 +321,8 @@ class ReportPreprocessor(Preprocessor):
             arguments = f"({_quote(f'folded-{number}')}, "
             arguments += f"{_quote(comment[1] if comment else f'Folded cell {number}')})"
             self.appendix.append(_raw(f"#folded-heading{arguments}") + code)
-            code = _raw(f"#folded{arguments}")
+            self.pointers.append(arguments)
+            code = ""
         # Progress bars and warnings go first, so that the prints around them come together.
         cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
         CoalesceStreamsPreprocessor().preprocess_cell(cell, {}, 0)
