@@ -46,7 +46,7 @@ TEMPLATE = r"""
 #let serif = ("New Computer Modern", "New Computer Modern Math", "Libertinus Serif", "DejaVu Sans Mono")
 #let mono = ("DejaVu Sans Mono", "New Computer Modern Math")
 #let grey = luma(110)
-#let code-size = state("code-size", 6.4pt)
+#let code-size = state("code-size", 6.2pt)
 #let small = state("small", false)  // whether a table is long enough to be set in small type
 
 // Moves to the next page unless this one has so much room left; leaves no trace otherwise.
@@ -60,7 +60,7 @@ TEMPLATE = r"""
 #let report(title: "", running: "", authors: (), keywords: (), body) = {
   set document(title: title, author: authors, keywords: keywords, date: none)
   set page(
-    paper: "a4", margin: (x: 2cm, top: 2.1cm, bottom: 2cm), footer-descent: 35%,
+    paper: "a4", margin: (x: 1.9cm, top: 1.9cm, bottom: 1.8cm), footer-descent: 35%,
     header: context if counter(page).get().first() > 1 {
       set text(8.5pt, fill: grey, style: "italic")
       running
@@ -70,14 +70,14 @@ TEMPLATE = r"""
     footer: context align(center, text(8.5pt, fill: grey, counter(page).display("1 / 1", both: true))),
   )
   set text(font: serif, size: 9.5pt, lang: "en")
-  set par(justify: true, leading: 0.62em, spacing: 0.95em)
+  set par(justify: true, leading: 0.6em, spacing: 0.9em)
   set list(indent: 0.6em)
   set enum(indent: 0.6em)
   show link: set text(fill: rgb("#1f4e79"))
 
   set heading(numbering: none)
   show heading: set par(justify: false)
-  show heading: set block(above: 1.5em, below: 0.75em)
+  show heading: set block(above: 1.3em, below: 0.7em)
   show heading.where(level: 1): set text(14pt)
   show heading.where(level: 2): set text(13pt)
   show heading.where(level: 2): it => { place.flush(); it }
@@ -86,7 +86,7 @@ TEMPLATE = r"""
 
   show raw: set text(font: mono)
   show raw.where(block: false): set text(0.92em)
-  // 6.4 pt puts 125 characters on a line; the zero-width spaces let longer words wrap.
+  // 6.2 pt puts 130 characters on a line; the zero-width spaces let longer words wrap.
   show raw.where(block: true): it => context {
     set text(code-size.get())
     set par(justify: false, leading: 0.5em)
@@ -158,7 +158,7 @@ TEMPLATE = r"""
     { show figure: inner => inner.body; body },  // the body is a figure as well, by pandoc
     caption: caption, kind: table, placement: placement,
   )
-  if lines <= 16 {
+  if lines <= 26 {
     show figure: set block(breakable: false)
     float(set-table)
   } else {
@@ -187,7 +187,9 @@ TEMPLATE = r"""
 # Wide pages of four columns, so that the plumbing takes few of them and its lines stay whole.
 APPENDIX = """#set page(paper: "a3", flipped: true, columns: 4, margin: 1.1cm, header: none)
 #set columns(gutter: 0.5cm)
-#code-size.update(4.9pt)"""
+#show heading.where(level: 3): set text(8pt)
+#show heading.where(level: 3): set block(above: 0.8em, below: 0.5em)
+#code-size.update(4.7pt)"""
 
 
 class ExportError(Exception):
