@@ -43,6 +43,9 @@ def execute(notebook, folder):
     NotebookClient(book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # times of day would make two equal runs differ
+        for output in [o for o in cell.get("outputs", []) if o.get("name") == "stderr"]:
+            cell.outputs.remove(output)
+            print(output.text, file=sys.stderr)  # progress and warnings are for the terminal
     path = folder / NOTEBOOK
     nbformat.write(book, path)
     return path
