@@ -124,7 +124,7 @@ TEMPLATE = r"""
     let columns = if type(it.columns) == int { it.columns } else { it.columns.len() }
     // The largest type in which the table needs no wrapped cells, within reason.
     layout(room => {
-      let sizes = if small.get() { (7.5pt,) } else if columns > 7 { (8.5pt, 8pt, 7.5pt, 7pt, 6.5pt) } else { (9pt, 8.5pt) }
+      let sizes = if small.get() { (7pt,) } else if columns > 7 { (8.5pt, 8pt, 7.5pt, 7pt, 6.5pt) } else { (9pt, 8.5pt) }
       let fits = sizes.find(s => measure(text(s, it)).width <= room.width)
       set text(if fits == none { sizes.last() } else { fits })
       align(center, block(stroke: (top: 0.8pt, bottom: 0.8pt), it))
@@ -189,7 +189,7 @@ APPENDIX = """#set page(paper: "a3", flipped: true, columns: 4, margin: 1.1cm, h
 #set columns(gutter: 0.5cm)
 #show heading.where(level: 3): set text(8pt)
 #show heading.where(level: 3): set block(above: 0.8em, below: 0.5em)
-#code-size.update(4.7pt)"""
+#code-size.update(4.6pt)"""
 
 
 class ExportError(Exception):
