@@ -1,15 +1,18 @@
-# make report: environment, training, notebook, figures, report.pdf.  make test: the checks.
+# make report: environment, training, notebook, figures, report.pdf.  make test: the checks.  make bench: speed beside peers.
 PYTHON ?= python3
 PROFILE ?= full
 BIN := .venv/bin
 
-.PHONY: report test check-report clean
+.PHONY: report test bench check-report clean
 
 report: .venv/report
 	PROFILE=$(PROFILE) $(BIN)/python report.py
 
 test: .venv/test
 	$(BIN)/python -m pytest -q tests
+
+bench: .venv/test
+	$(BIN)/python report.py --bench
 
 check-report: .venv/report
 	$(BIN)/python report.py --check

@@ -1,6 +1,6 @@
 """Make the report: train what is missing, execute recall.ipynb, put notebook, figures and report.pdf in place.
 
-Use: ``PROFILE=full python report.py`` (what ``make report`` does), or ``python report.py --check``.
+Use: ``PROFILE=full python report.py`` (what ``make report`` does), ``python report.py --check`` or ``python report.py --bench``.
 
 Everything is made in ``.build/`` and moved into place at the end, so that an interruption leaves no half-written file.
 The full profile replaces the committed files; any other writes to a folder of its name.
@@ -131,8 +131,11 @@ if __name__ == "__main__":
         found = stale()
         print("\n".join(found) or "outputs, figures and report.pdf belong to the committed code")
         sys.exit(bool(found))
+    elif sys.argv[1:] == ["--bench"]:
+        load_definitions(ROOT / NOTEBOOK, ROOT / ".build" / "module").bench()
+        sys.exit()
     elif sys.argv[1:]:
-        sys.exit("usage: [PROFILE=full|quick|smoke] python report.py [--check]")
+        sys.exit("usage: [PROFILE=full|quick|smoke] python report.py [--check | --bench]")
     try:
         make(os.environ.get("PROFILE", "full"))
     except ExportError as error:
