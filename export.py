@@ -176,7 +176,7 @@ TEMPLATE = r"""
   } else {
     needs(5cm)  // a long table may break, but not after its first rows
     small.update(lines > 30)
-    if lines > 45 { columns(2, gutter: 0.4cm, set-table(none)) } else { set-table(none) }
+    set-table(none)
     small.update(false)
   }
 }
@@ -367,7 +367,12 @@ class ReportPreprocessor(Preprocessor):
             text = f"\n\n{self.prepare(data['text/markdown']).strip()}\n\n"
             if table := meta.get("table"):
                 caption = f"**Table {table['number']}.** {self.prepare(table['caption'])}"
-                lines = sum(1 + len(row) // 110 for row in text.strip().splitlines()[2:])
+                head, rows = text.strip().splitlines()[:2], text.strip().splitlines()[2:]
+                lines = sum(1 + len(row) // 110 for row in rows)
+                if lines > 45:  # two halves side by side
+                    half = (len(rows) + 1) // 2
+                    sides = ("\n".join(head + part) for part in (rows[:half], rows[half:]))
+                    text = _raw("#grid(columns: (1fr, 1fr), gutter: 0.4cm, [") + _raw("], [").join(sides) + _raw("])")
                 return _call(f"captioned-table({_quote(table['name'])}, {lines})", caption, text) + END
             return text + MARK
         if "text/latex" in data:
