@@ -60,7 +60,6 @@ TEMPLATE = r"""
 #let in-order(key) = if key not in floats { place.flush() }  // what stands in the text does not overtake what floats
 // Notes where the text has got to.
 #let spot(kind, key) = context [#metadata((kind: kind, key: key, page: here().page(), y: here().position().y / 1pt)) <spot>]
-#let mark(kind) = block(height: 0pt, above: 0pt, below: 0pt, spot(kind, ""))
 
 #let report(title: "", running: "", authors: (), keywords: (), body) = {
   set document(title: title, author: authors, keywords: keywords, date: none)
@@ -160,13 +159,14 @@ TEMPLATE = r"""
       spot("float", key)
       let whole = image(path, width: width * room.width)
       if measure(whole).height > 20cm { image(path, width: auto, height: 20cm) } else { whole }
+      spot("end", key)
     }),
     caption: caption, kind: image, placement: place-of(key),
   )
 }
 #let captioned-table(key, lines, caption, body) = {
   let set-table(placement) = figure(
-    { show figure: inner => inner.body; spot("float", key); body },  // the body is a figure as well, by pandoc
+    { show figure: inner => inner.body; spot("float", key); body; spot("end", key) },  // the body is a figure as well, by pandoc
     caption: caption, kind: table, placement: placement,
   )
   in-order(key)
@@ -180,7 +180,7 @@ TEMPLATE = r"""
     small.update(false)
   }
 }
-#let folded(..cells) = block(above: 0.6em, below: 0.8em, sticky: true, text(7.5pt, fill: grey)[
+#let folded(..cells) = block(above: 0.5em, below: 0.5em, sticky: true, text(7.5pt, fill: grey)[
   Code in the appendix: #cells.pos().map(((key, title)) => link(label(key), title)).join([; ]).
 ])
 #let folded-heading(key, title) = [#heading(level: 3, title) #label(key)]
@@ -244,8 +244,12 @@ def _raw(code: str) -> str:
     return f"\n\n```{{=typst}}\n{code}\n```\n\n"
 
 
-# Where the text ends before what comes next: see `typeset`.
-MARK, END = _raw('#mark("text")'), _raw('#mark("end")')
+def _marked(text: str) -> str:
+    """Markdown whose last line of prose notes where it ends, for `typeset`."""
+    last = text.rstrip().rpartition("\n")[2]
+    if not last or last[0] in "#!|`":  # a heading, an image, a table, code
+        return text
+    return text.rstrip() + '`#box(spot("text", ""))`{=typst}\n\n'
 
 
 def _fenced(text: str, language: str) -> str:
@@ -285,8 +289,7 @@ class ReportPreprocessor(Preprocessor):
                     resources["title"] = re.sub(r"[*`$]", "", match[1]).strip()
                     title = f"title-block({_array(resources['authors'])})"
                     text = _call(title, match[1], match[2]) + text[match.end():]
-                # A heading stays with what follows.
-                cell.source = text if text.rstrip().rpartition("\n")[2].startswith("#") else text + MARK
+                cell.source = _marked(text)
             if self.pointers and cell.source.strip():  # cells that only define share one line
                 cell.source = _raw(f"#folded({', '.join(self.pointers)},)") + cell.source
                 self.pointers = []
@@ -361,7 +364,7 @@ class ReportPreprocessor(Preprocessor):
                 path = self.image_file(f"figures/{figure['name']}.pdf", png)
                 caption = f"**Figure {figure['number']}.** {self.prepare(figure['caption'])}"
                 width = 100 * float(figure.get("width", 1))
-                return _call(f"picture({_quote(figure['name'])}, {_quote(path)}, {width:g}%)", caption) + END
+                return _call(f"picture({_quote(figure['name'])}, {_quote(path)}, {width:g}%)", caption)
             return f"\n\n![]({self.image_file('', png)})\n\n"
         if "text/markdown" in data:
             text = f"\n\n{self.prepare(data['text/markdown']).strip()}\n\n"
@@ -373,8 +376,8 @@ class ReportPreprocessor(Preprocessor):
                     half = (len(rows) + 1) // 2
                     sides = ("\n".join(head + part) for part in (rows[:half], rows[half:]))
                     text = _raw("#grid(columns: (1fr, 1fr), gutter: 0.4cm, [") + _raw("], [").join(sides) + _raw("])")
-                return _call(f"captioned-table({_quote(table['name'])}, {lines})", caption, text) + END
-            return text + MARK
+                return _call(f"captioned-table({_quote(table['name'])}, {lines})", caption, text)
+            return _marked(text)
         if "text/latex" in data:
             return f"\n\n{self.prepare(data['text/latex'])}\n\n"
         lines = strip_ansi(output.get("text", "") or data.get("text/plain", "")).splitlines()
