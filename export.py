@@ -176,6 +176,7 @@ TEMPLATE = r"""
   } else {
     needs(5cm)  // a long table may break, but not after its first rows
     small.update(lines > 30)
+    set table(inset: (x: 0.4em, y: 0.3em)) if lines > 30
     set-table(none)
     small.update(false)
   }
