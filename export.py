@@ -130,7 +130,7 @@ TEMPLATE = r"""
     let columns = if type(it.columns) == int { it.columns } else { it.columns.len() }
     // The largest type in which the table needs no wrapped cells, within reason.
     layout(room => {
-      let sizes = if small.get() { (7pt, 6.5pt) } else if columns > 7 { (8.5pt, 8pt, 7.5pt, 7pt, 6.5pt) } else { (9pt, 8.5pt) }
+      let sizes = if small.get() { (7pt, 6.5pt) } else if columns > 7 { (8pt, 7.5pt, 7pt, 6.5pt) } else { (8.5pt, 8pt) }
       let fits = sizes.find(s => measure(text(s, it)).width <= room.width)
       set text(if fits == none { sizes.last() } else { fits })
       align(center, block(stroke: (top: 0.8pt, bottom: 0.8pt), it))
