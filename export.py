@@ -11,7 +11,7 @@ What the exporter looks for in the notebook:
 * cell tags: ``abstract``, ``hide-input`` (code goes to an appendix), ``comment`` (the code only fills numbers into text:
   its output alone is set), ``remove-cell``;
 * output metadata: ``{"figure": {"name", "number", "caption", "width"?}}``,
-  ``{"table": {"number", "caption"}}``, ``{"caption": true}`` (shown by Jupyter only, dropped
+  ``{"table": {"name", "number", "caption"}}``, ``{"caption": true}`` (shown by Jupyter only, dropped
   here) and ``{"provenance": {...}}`` (becomes ``key=value`` keywords of the PDF);
 * notebook metadata: ``{"authors": [{"name": ...}]}``.
 """
@@ -19,6 +19,7 @@ What the exporter looks for in the notebook:
 import argparse
 import base64
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -46,7 +47,7 @@ TEMPLATE = r"""
 #let serif = ("New Computer Modern", "New Computer Modern Math", "Libertinus Serif", "DejaVu Sans Mono")
 #let mono = ("DejaVu Sans Mono", "New Computer Modern Math")
 #let grey = luma(110)
-#let code-size = state("code-size", 6.2pt)
+#let code-size = state("code-size", 6.5pt)
 #let small = state("small", false)  // whether a table is long enough to be set in small type
 
 // Moves to the next page unless this one has so much room left; leaves no trace otherwise.
@@ -54,13 +55,16 @@ TEMPLATE = r"""
   block(height: height, above: 0pt, below: 0pt, breakable: false)
   v(-height)
 }
-// Floats keep the pages full; on the first page they stay below the title.
-#let float(placed) = context placed(if here().page() == 1 { bottom } else { auto })
+// Figures and tables stand where they are written, but for those in `floats` (see `typeset`).
+#let place-of(key) = if key in floats { auto } else { none }
+#let in-order(key) = if key not in floats { place.flush() }  // what stands in the text does not overtake what floats
+// Notes where the text has got to.
+#let spot(kind, key) = context [#metadata((kind: kind, key: key, page: here().page(), y: here().position().y / 1pt)) <spot>]
 
 #let report(title: "", running: "", authors: (), keywords: (), body) = {
   set document(title: title, author: authors, keywords: keywords, date: none)
   set page(
-    paper: "a4", margin: (x: 1.9cm, top: 1.9cm, bottom: 1.8cm), footer-descent: 35%,
+    paper: "a4", margin: (x: 1.7cm, top: 1.7cm, bottom: 1.6cm), footer-descent: 35%,
     header: context if counter(page).get().first() > 1 {
       set text(8.5pt, fill: grey, style: "italic")
       running
@@ -69,30 +73,32 @@ TEMPLATE = r"""
     },
     footer: context align(center, text(8.5pt, fill: grey, counter(page).display("1 / 1", both: true))),
   )
-  set text(font: serif, size: 9.5pt, lang: "en")
-  set par(justify: true, leading: 0.6em, spacing: 0.9em)
+  set text(font: serif, size: 9pt, lang: "en")
+  set par(justify: true, leading: 0.58em, spacing: 0.85em)
   set list(indent: 0.6em)
   set enum(indent: 0.6em)
   show link: set text(fill: rgb("#1f4e79"))
 
   set heading(numbering: none)
   show heading: set par(justify: false)
-  show heading: set block(above: 1.3em, below: 0.7em)
+  show heading: set block(above: 1.2em, below: 0.65em)
   show heading.where(level: 1): set text(14pt)
-  show heading.where(level: 2): set text(13pt)
+  show heading.where(level: 2): set text(12.5pt)
   show heading.where(level: 2): it => { place.flush(); it }
-  show heading.where(level: 3): set text(11pt)
+  show heading.where(level: 3): it => { place.flush(); it }
+  show heading.where(level: 3): set text(10.5pt)
   show heading.where(level: 4): set text(10pt)
 
   show raw: set text(font: mono)
   show raw.where(block: false): set text(0.92em)
-  // 6.2 pt puts 130 characters on a line; the zero-width spaces let longer words wrap.
+  // 6.5 pt puts 126 characters on a line; the zero-width spaces let longer words wrap.
   show raw.where(block: true): it => context {
     set text(code-size.get())
     set par(justify: false, leading: 0.5em)
     show regex("\S{60,}"): word => word.text.clusters().join(sym.zws)
     let output = it.lang == "output"
     let long = it.lines.len() > 10
+    if not output { place.flush() }
     if long { needs(2cm) }
     block(
       width: 100%, inset: (x: 5pt, y: 5pt), radius: 2pt, above: if output { 0.5em } else { 1em },
@@ -102,8 +108,8 @@ TEMPLATE = r"""
     )
   }
 
-  set figure(numbering: none, supplement: none, gap: 0.8em)
-  show figure: set block(above: 1.2em, below: 1.2em)
+  set figure(numbering: none, supplement: none, gap: 0.7em)
+  show figure: set block(above: 1em, below: 1em)
   show figure.caption: set text(8.5pt)
   // Centred when it takes one line, flush otherwise. A caption above a long table must not stay
   // behind when the table moves to the next page.
@@ -124,7 +130,7 @@ TEMPLATE = r"""
     let columns = if type(it.columns) == int { it.columns } else { it.columns.len() }
     // The largest type in which the table needs no wrapped cells, within reason.
     layout(room => {
-      let sizes = if small.get() { (7pt,) } else if columns > 7 { (8.5pt, 8pt, 7.5pt, 7pt, 6.5pt) } else { (9pt, 8.5pt) }
+      let sizes = if small.get() { (7pt, 6.5pt) } else if columns > 7 { (8pt, 7.5pt, 7pt, 6.5pt) } else { (8.5pt, 8pt) }
       let fits = sizes.find(s => measure(text(s, it)).width <= room.width)
       set text(if fits == none { sizes.last() } else { fits })
       align(center, block(stroke: (top: 0.8pt, bottom: 0.8pt), it))
@@ -146,29 +152,36 @@ TEMPLATE = r"""
   set text(9.5pt)
   body
 })
-#let picture(path, width, caption) = float(placement => figure(
-  layout(room => {
-    let whole = image(path, width: width * room.width)
-    if measure(whole).height > 20cm { image(path, width: auto, height: 20cm) } else { whole }
-  }),
-  caption: caption, kind: image, placement: placement,
-))
-#let captioned-table(lines, caption, body) = {
+#let picture(key, path, width, caption) = {
+  in-order(key)
+  figure(
+    layout(room => {
+      spot("float", key)
+      let whole = image(path, width: width * room.width)
+      if measure(whole).height > 20cm { image(path, width: auto, height: 20cm) } else { whole }
+      spot("end", key)
+    }),
+    caption: caption, kind: image, placement: place-of(key),
+  )
+}
+#let captioned-table(key, lines, caption, body) = {
   let set-table(placement) = figure(
-    { show figure: inner => inner.body; body },  // the body is a figure as well, by pandoc
+    { show figure: inner => inner.body; spot("float", key); body; spot("end", key) },  // the body is a figure as well, by pandoc
     caption: caption, kind: table, placement: placement,
   )
+  in-order(key)
   if lines <= 26 {
     show figure: set block(breakable: false)
-    float(set-table)
+    set-table(place-of(key))
   } else {
     needs(5cm)  // a long table may break, but not after its first rows
     small.update(lines > 30)
+    set table(inset: (x: 0.4em, y: 0.3em)) if lines > 30
     set-table(none)
     small.update(false)
   }
 }
-#let folded(..cells) = block(above: 0.6em, below: 0.8em, text(7.5pt, fill: grey)[
+#let folded(..cells) = block(above: 0.5em, below: 0.5em, sticky: true, text(7.5pt, fill: grey)[
   Code in the appendix: #cells.pos().map(((key, title)) => link(label(key), title)).join([; ]).
 ])
 #let folded-heading(key, title) = [#heading(level: 3, title) #label(key)]
@@ -184,12 +197,15 @@ TEMPLATE = r"""
 """
 
 
-# Wide pages of four columns, so that the plumbing takes few of them and its lines stay whole.
-APPENDIX = """#set page(paper: "a3", flipped: true, columns: 4, margin: 1.1cm, header: none)
+# Wide pages of five columns, so that the plumbing takes few of them and its lines stay whole.
+APPENDIX = """#set page(paper: "a2", flipped: true, columns: 5, margin: 1.1cm, header: none)
 #set columns(gutter: 0.5cm)
 #show heading.where(level: 3): set text(8pt)
 #show heading.where(level: 3): set block(above: 0.8em, below: 0.5em)
-#code-size.update(4.6pt)"""
+#code-size.update(5.5pt)"""
+
+
+PAGE_END, GAP = 841.9 - 45, 100  # points from the top of an A4 page to the end of its text; the largest blank area allowed
 
 
 class ExportError(Exception):
@@ -229,6 +245,14 @@ def _raw(code: str) -> str:
     return f"\n\n```{{=typst}}\n{code}\n```\n\n"
 
 
+def _marked(text: str) -> str:
+    """Markdown whose last line of prose notes where it ends, for `typeset`."""
+    last = text.rstrip().rpartition("\n")[2]
+    if not last or last[0] in "#!|`":  # a heading, an image, a table, code
+        return text
+    return text.rstrip() + '`#box(spot("text", ""))`{=typst}\n\n'
+
+
 def _fenced(text: str, language: str) -> str:
     """A fenced code block, with a fence longer than any inside the text."""
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
@@ -266,7 +290,7 @@ class ReportPreprocessor(Preprocessor):
                     resources["title"] = re.sub(r"[*`$]", "", match[1]).strip()
                     title = f"title-block({_array(resources['authors'])})"
                     text = _call(title, match[1], match[2]) + text[match.end():]
-                cell.source = text
+                cell.source = _marked(text)
             if self.pointers and cell.source.strip():  # cells that only define share one line
                 cell.source = _raw(f"#folded({', '.join(self.pointers)},)") + cell.source
                 self.pointers = []
@@ -341,20 +365,44 @@ class ReportPreprocessor(Preprocessor):
                 path = self.image_file(f"figures/{figure['name']}.pdf", png)
                 caption = f"**Figure {figure['number']}.** {self.prepare(figure['caption'])}"
                 width = 100 * float(figure.get("width", 1))
-                return _call(f"picture({_quote(path)}, {width:g}%)", caption)
+                return _call(f"picture({_quote(figure['name'])}, {_quote(path)}, {width:g}%)", caption)
             return f"\n\n![]({self.image_file('', png)})\n\n"
         if "text/markdown" in data:
             text = f"\n\n{self.prepare(data['text/markdown']).strip()}\n\n"
             if table := meta.get("table"):
                 caption = f"**Table {table['number']}.** {self.prepare(table['caption'])}"
-                lines = sum(1 + len(row) // 110 for row in text.strip().splitlines()[2:])
-                return _call(f"captioned-table({lines})", caption, text)
-            return text
+                head, rows = text.strip().splitlines()[:2], text.strip().splitlines()[2:]
+                lines = sum(1 + len(row) // 110 for row in rows)
+                if lines > 45:  # two halves side by side
+                    half = (len(rows) + 1) // 2
+                    sides = ("\n".join(head + part) for part in (rows[:half], rows[half:]))
+                    text = _raw("#grid(columns: (1fr, 1fr), gutter: 0.4cm, [") + _raw("], [").join(sides) + _raw("])")
+                return _call(f"captioned-table({_quote(table['name'])}, {lines})", caption, text)
+            return _marked(text)
         if "text/latex" in data:
             return f"\n\n{self.prepare(data['text/latex'])}\n\n"
         lines = strip_ansi(output.get("text", "") or data.get("text/plain", "")).splitlines()
         text = "\n".join(line for line in lines if not re.search(r"\d%\|.*\|", line))  # no tqdm
         return _fenced(text, "output") if text.strip() else ""
+
+
+def typeset(body: str, folder: Path) -> bytes:
+    """Set the pages. Figures and tables stand in the text, unless that leaves more than GAP of a page blank.
+
+    One that does not fit on its page goes to the next and leaves a gap; from the first page on, those whose gap is too
+    large are made to float instead, with those that follow at once, so that the next text fills the page.
+    """
+    source, floats = folder / "report.typ", []
+    while True:  # ends: every round adds to floats
+        source.write_text(f"#let floats = {_array(floats)}\n" + TEMPLATE + body, encoding="utf-8")
+        spots = [item["value"] for item in json.loads(typst.query(source, "<spot>", root=folder, ignore_system_fonts=True))]
+        gaps = [i for i, (before, here) in enumerate(zip(spots, spots[1:]), 1)
+                if here["kind"] == "float" and here["key"] not in floats and here["page"] == before["page"] + 1 and PAGE_END - before["y"] > GAP]
+        if not gaps:
+            break
+        following = itertools.takewhile(lambda spot: spot["kind"] != "text", spots[gaps[0]:])
+        floats += [spot["key"] for spot in following if spot["kind"] == "float"]
+    return typst.compile(source, root=folder, ignore_system_fonts=True)
 
 
 class ReportExporter(MarkdownExporter):
@@ -413,10 +461,8 @@ class ReportExporter(MarkdownExporter):
         with tempfile.TemporaryDirectory() as folder:
             for name, data in resources.pop("outputs").items():
                 Path(folder, name).write_bytes(data)
-            source = Path(folder, "report.typ")
-            source.write_text(TEMPLATE + head + body, encoding="utf-8")
             try:
-                return typst.compile(source, root=folder, ignore_system_fonts=True), resources
+                return typeset(head + body, Path(folder)), resources
             except typst.TypstError as error:
                 raise ExportError(f"typst: {error.diagnostic}") from error
 

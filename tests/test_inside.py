@@ -24,27 +24,75 @@ def test_answers_are_the_models(recall, net, tokens):
 
 
 def test_holding_beyond_the_context_changes_nothing(recall, tokens):
-    """The scores written pair by pair are RoPE's; a limit beyond the context leaves them, one inside it does not."""
+    """The scores written pair by pair are RoPE's; a limit beyond the context leaves them, one inside it does not; only the layers named are held."""
     torch.manual_seed(4)
     net = recall.build_model("rope")
     mixer, h = net.mixers[1], net.norms[1](net.embed(tokens))
     weights = mixer.weights(mixer.project(h))
-    assert torch.allclose(recall.holding(1, 1_000)(1, weights, mixer, h), weights, atol=1e-6)
-    assert (recall.holding(1, 5)(1, weights, mixer, h) - weights).abs().max() > 1e-4
-    assert recall.holding(0, 5)(1, weights, mixer, h) is weights
+    assert torch.allclose(recall.holding((1,), 1_000)(1, weights, mixer, h), weights, atol=1e-6)
+    assert (recall.holding((1,), 5)(1, weights, mixer, h) - weights).abs().max() > 1e-4
+    assert recall.holding((0,), 5)(1, weights, mixer, h) is weights and recall.holding((), 5)(0, weights, mixer, h) is weights
+    both = recall.holding((0, 1), 5)
+    assert all((both(layer, weights, mixer, h) - weights).abs().max() > 1e-4 for layer in (0, 1))
 
 
-def test_replacements_are_attention(recall, tokens):
-    """Replaced rows are probabilities over the past: uniform, exact and told."""
+def test_held_scores_depend_on_the_held_distance(recall):
+    """With one token throughout, a place sees all keys beyond the limit under one angle of the slow pair: held at 0 it does not turn at all."""
+    torch.manual_seed(4)
+    mixer = recall.build_model("rope").mixers[0]
+    mixer.rotary.freqs.data[0] = 0.0  # the fast pair still: only the slow one is left to turn
+    h = torch.randn(1, 1, 8).expand(1, 30, 8)
+    held = recall.holding((0,), 0)(0, None, mixer, h)
+    assert torch.allclose(held[0, 0, -1], torch.full((30,), 1 / 30), atol=1e-6)
+
+
+@pytest.fixture
+def layer(recall, tokens):
+    """(weights, mixer, h) of an untrained attention layer."""
     torch.manual_seed(5)
     net = recall.build_model("nope")
     mixer, h = net.mixers[0], net.norms[0](net.embed(tokens))
-    weights = mixer.weights(mixer.project(h))
-    places = torch.randint(0, 39, (len(tokens),))
-    for change, layer in ((recall.flat_layer, 0), (recall.exact_layer, 0), (recall.told_layer(places), 1)):
-        new = change(layer, weights, mixer, h)
+    return mixer.weights(mixer.project(h)), mixer, h
+
+
+@pytest.fixture
+def places(tokens):
+    return torch.randint(2, 39, (len(tokens),), generator=torch.Generator().manual_seed(1))
+
+
+def test_replacements_are_attention(recall, layer, places):
+    """Replaced rows are probabilities over the past, and only the layer meant is replaced."""
+    weights = layer[0]
+    for change, at in ((recall.uniform(), 0), (recall.uniform(places), 0), (recall.exact(1), 0), (recall.exact(5), 0), (recall.told(places), 1), (recall.told(places, both=True), 1)):
+        new = change(at, *layer)
         assert torch.allclose(new.sum(-1), torch.ones(new.shape[:-1]), atol=1e-5) and new.triu(1).abs().max() == 0
-    assert (recall.told_layer(places)(1, weights, mixer, h)[torch.arange(len(places)), :, -1, places].max(1).values == 1).all()
+        assert change(1 - at, *layer) is weights and not torch.equal(new, weights)
+
+
+def test_uniform_at_one_place(recall, layer, places):
+    """Only the row of the place named is made uniform over its past, in all heads."""
+    weights, rows = layer[0], torch.arange(len(places))
+    new = recall.uniform(places)(0, *layer)
+    assert all(torch.allclose(new[i, :, p, : p + 1], torch.full((2, int(p) + 1), 1 / (int(p) + 1))) for i, p in enumerate(places))
+    new[rows, :, places] = weights[rows, :, places]
+    assert torch.equal(new, weights)
+
+
+def test_exact_looks_one_lag_back(recall, layer):
+    """One head looks `lag` places back and nowhere else, the other is left alone."""
+    weights = layer[0]
+    for lag in (1, 5):
+        new = recall.exact(lag)(0, *layer)
+        changed = [head for head in (0, 1) if not torch.equal(new[:, head], weights[:, head])]
+        assert len(changed) == 1 and (new[:, changed[0]].diagonal(-lag, 1, 2) == 1).all()
+
+
+def test_told_one_head_or_both(recall, layer, places):
+    """The last query looks at its place alone: in one head the other keeps its weights, in both neither does; earlier rows stay."""
+    weights, rows = layer[0], torch.arange(len(places))
+    one, both = (recall.told(places, both)(1, *layer) for both in (False, True))
+    assert ((one[rows, :, -1, places] == 1).sum(1) == 1).all() and (both[rows, :, -1, places] == 1).all()
+    assert torch.equal(one[:, :, :-1], weights[:, :, :-1]) and torch.equal(both[:, :, :-1], weights[:, :, :-1])
 
 
 def test_a_skipped_place_is_not_seen(recall):
@@ -67,8 +115,58 @@ def test_the_implicit_attention_is_the_recurrence(recall, tokens):
     assert share.shape == tokens.shape and (share >= 0).all() and torch.allclose(share.sum(1), torch.ones(len(tokens)))
 
 
-def test_clock_shift_is_zero_at_the_trained_length(recall):
-    """At length L there is nothing to repair."""
+def test_the_contributions_sum_to_the_recurrence(recall, tokens):
+    """alpha_s u_s, summed over places and states, is what the recurrence gives at the last position; decay is 1 there and grows with the place."""
+    torch.manual_seed(7)
+    net = recall.build_model("mamba")
+    part, decay = recall.contributions(net, tokens, 1)
+    u, delta, A, B, C, _ = recall.mamba_parts(net.mixers[1], net.norms[1](recall.layer_inputs(net, tokens, 1)))
+    assert torch.allclose(part.sum((2, 3)), recall.selective_scan_reference(u, delta, A, B, C)[..., -1], atol=1e-5)
+    assert (decay[..., -1] == 1).all() and (decay.diff(dim=-1) >= 0).all()
+
+
+def test_retention_is_what_the_step_sizes_leave(recall, tokens):
+    """At the last place all is left; a place whose later step sizes are made huge keeps nothing."""
+    torch.manual_seed(7)
+    net = recall.build_model("mamba")
+    last, early = torch.full((len(tokens),), tokens.shape[1] - 1), torch.full((len(tokens),), 3)
+    kept = recall.retention(net, [(tokens, last), (tokens, early)], 1)
+    assert kept[0] == pytest.approx(100) and 0 < kept[1] < 100
+    with torch.no_grad():
+        net.mixers[1].dt_proj.bias.fill_(50.0)
+    assert recall.retention(net, [(tokens, early)], 1)[0] < 1e-6
+
+
+def test_a_shift_may_differ_by_sequence(recall, net, tokens):
+    """One vector for all, or that vector for each, answer alike; a large one changes answers."""
+    shift = torch.arange(8.0)
+    same = recall.answers(net, tokens, shift=shift)
+    assert torch.equal(recall.answers(net, tokens, shift=shift.expand(len(tokens), 8)), same)
+    assert not torch.equal(same, recall.answers(net, tokens))
+
+
+def test_with_row_moves_one_row(recall):
+    """The place named gets the other's row, nothing else changes; models without a table stay as they are."""
     torch.manual_seed(8)
-    net = recall.build_model("nope")
-    assert recall.clock_shift(net, 1, 1, 64, n=100).abs().max() == 0 and recall.clock_shift(net, 1, 1, 20, n=100).abs().max() > 0
+    net = recall.build_model("learned")
+    placed = recall.with_row(net, 20, 64)
+    assert torch.equal(placed.positions[19], net.positions[63]) and not torch.equal(placed.positions[19], net.positions[19])
+    assert torch.equal(placed.positions[:19], net.positions[:19]) and torch.equal(placed.positions[20:], net.positions[20:])
+    mamba = recall.build_model("mamba")
+    assert all(torch.equal(a, b) for a, b in zip(recall.with_row(mamba, 20, 64).parameters(), mamba.parameters()))
+
+
+def test_a_disguise_moves_the_mean(recall, net):
+    """Disguised, layer 1's mean output at the last place is that at the length it seems; as itself there is nothing to add."""
+    placed, shift = recall.disguised(net, 1, 1, 20, 64)
+    assert torch.allclose(recall.mean_output(placed, 1, 1, 20) + shift, recall.mean_output(net, 1, 1, 64), atol=1e-6) and shift.abs().max() > 0
+    assert recall.disguised(net, 1, 1, 64, 64)[1].abs().max() == 0
+
+
+def test_query_places(recall, generator):
+    """The first q is found for any M, and the sequences with v = q are told apart."""
+    tokens, values = recall.sample_batch(500, 20, 16, 16, 3, generator)
+    differ, first = recall.query_places(tokens, values)
+    rows = torch.arange(500)
+    assert torch.equal(tokens[rows, first], tokens[:, -1]) and torch.equal(tokens[rows, first + 3][differ], values[differ])
+    assert torch.equal(differ, (tokens == tokens[:, -1:]).sum(1) == 2)

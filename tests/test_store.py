@@ -23,7 +23,7 @@ def test_runs_rest_on_the_models_and_not_on_the_plots(recall):
     kept = "\n".join(recall.rests_on(recall.definitions(), "run_and_store"))
     for name in ("scan_kernels", "FusedMamba", "Attention", "Recall", "sample_batch", "train", "vocabulary"):
         assert f"name='{name}'" in kept, name
-    for name in ("show_figure", "band", "claims", "Profile", "run_all"):
+    for name in ("show_figure", "curves", "claims", "Profile", "run_all"):
         assert f"name='{name}'" not in kept, name
 
 
