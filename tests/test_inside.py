@@ -120,7 +120,7 @@ def test_the_contributions_sum_to_the_recurrence(recall, tokens):
     torch.manual_seed(7)
     net = recall.build_model("mamba")
     part, decay = recall.contributions(net, tokens, 1)
-    u, delta, A, B, C, _ = recall.mamba_parts(net.mixers[1], net.norms[1](recall.layer_inputs(net, tokens, 1)))
+    u, delta, A, B, C, _ = net.mixers[1].parts(net.norms[1](recall.layer_inputs(net, tokens, 1)))
     assert torch.allclose(part.sum((2, 3)), recall.selective_scan_reference(u, delta, A, B, C)[..., -1], atol=1e-5)
     assert (decay[..., -1] == 1).all() and (decay.diff(dim=-1) >= 0).all()
 
