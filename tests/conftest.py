@@ -16,8 +16,6 @@ def recall(tmp_path_factory):
     import report
     module = report.load_definitions(ROOT / "recall.ipynb", tmp_path_factory.mktemp("definitions"))
     torch.set_num_threads(1)  # as in the workers; small batches only wait for more threads
-    if module.numba:
-        module.numba.set_num_threads(1)
     return module
 
 

@@ -131,6 +131,8 @@ def test_fused_attention_equals_softmax(recall, d, heads, length):
 @pytest.mark.parametrize("call, named", [
     (lambda r: r.build_model("gru"), "name='gru'"), (lambda r: r.build_model("rope", d=6), "even head width"),
     (lambda r: r.Attention(9, 2), "heads=2"), (lambda r: r.build_model("mamba", L=2), "L=2"), (lambda r: r.vocabulary(1, 8), "K=1"),
+    (lambda r: r.Attention(8, 0), "heads=0"), (lambda r: r.Config("P1a", "mamba", M=17), "M=17.*K=16"), (lambda r: r.Config("P1a", "mamba", M=0), "M=0"),
+    (lambda r: r.Config("P1a", "mamba", tau=0), "tau=0"), (lambda r: r.Config("P1a", "mamba", K=1), "K=1"), (lambda r: r.Config("P1a", "mamba", d=0), "d=0"),
     (lambda r: r.Config("P1a", "gru"), "model='gru'"), (lambda r: r.Config("P1a", "mamba", tau=63), "L=64"),
     (lambda r: r.Config("P1a", "mamba", rate=0.0), "rate=0.0"), (lambda r: r.Config("P1a", "mamba", norm="batch"), "norm='batch'")])
 def test_bad_arguments_are_named(recall, call, named):

@@ -1,6 +1,7 @@
 """The fused scan against the paper's recurrence, and the Mamba block against an independent implementation."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -73,25 +74,35 @@ def test_gradient_against_finite_differences(recall):
     assert torch.autograd.gradcheck(lambda *a: recall.selective_scan(*a, delta_softplus=True), arguments, eps=1e-6, atol=1e-7)
 
 
-def test_threads_do_not_change_the_result(recall):
-    """One thread or two: the same bits, since every sum over the batch has a fixed order."""
-    numba = pytest.importorskip("numba")
-    arguments, results = inputs(5, 16, 64, 16, 3), []
-    before = numba.get_num_threads()
-    for threads in (1, min(2, numba.config.NUMBA_NUM_THREADS)):
-        numba.set_num_threads(threads)
-        y, gradients = values_and_gradients(recall, arguments, dict(delta_softplus=True))
-        results.append([y, *gradients.values()])
-    numba.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+@pytest.mark.parametrize("batch", [1, 5])
+def test_threads_do_not_change_the_result(recall, batch):
+    """One, two or three threads, also with fewer sequences than threads: the same bits, since every sum over the batch has a fixed order."""
+    arguments, results, before = inputs(batch, 16, 64, 16, 3), [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, gradients = values_and_gradients(recall, arguments, dict(delta_softplus=True))
+            results.append([y, *gradients.values()])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
 @pytest.mark.parametrize("name, shape", [("delta", (2, 16, 9)), ("B", (2, 15, 10)), ("D", (15,)), ("z", (2, 16)), ("delta_bias", (1,))])
 def test_shapes_are_checked(recall, name, shape):
     """A tensor of the wrong shape is named, with its shape and the one that is needed."""
     arguments = inputs(2, 16, 10, 16, 0) | {name: torch.zeros(shape)}
-    with pytest.raises(ValueError, match=f"{name} of shape"):
+    with pytest.raises(ValueError, match=rf"{name} of shape .*{re.escape(str(tuple(inputs(2, 16, 10, 16, 0)[name].shape)))} is needed"):
         recall.selective_scan(**arguments)
+
+
+@pytest.mark.parametrize("name", ["delta", "A", "B", "D", "z", "delta_bias"])
+def test_dtypes_are_checked(recall, name):
+    """A tensor of another dtype than u is named with its own and the one that is needed."""
+    arguments = inputs(2, 16, 10, 16, 0)
+    with pytest.raises(ValueError, match=f"{name} of dtype torch.float64: that of u, torch.float32"):
+        recall.selective_scan(**arguments | {name: arguments[name].double()})
 
 
 def double_of(module, make):

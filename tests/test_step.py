@@ -69,12 +69,13 @@ def test_a_training_run_agrees_with_the_plain_layers(recall, name):
     assert float((ends[0] - ends[1]).abs().max()) < 2e-4
 
 
-def test_threads_change_rounding_alone(recall):
-    """One, two and three threads agree within rounding, and a repeated call bit by bit."""
+@pytest.mark.parametrize("batch", [1, 2, 13])
+def test_threads_change_rounding_alone(recall, batch):
+    """One, two and three threads agree within rounding, also with fewer sequences than threads, and a repeated call bit by bit."""
     torch.manual_seed(0)
     net = recall.build_model("mamba")
     flat, plan = recall.flatten_parameters(net), recall.step_plan(net)
-    tokens, values = recall.sample_batch(13, 40, 16, 4, 1, torch.Generator().manual_seed(0))
+    tokens, values = recall.sample_batch(batch, 40, 16, 4, 1, torch.Generator().manual_seed(0))
     found, before = {}, torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -127,12 +128,22 @@ def test_memory_of_a_long_sequence_grows_with_its_length(recall):
 def test_benchmarks_run(recall):
     """Every part of `make bench` gives numbers; their size is nobody's business here."""
     found = recall.compare_peers(8, 1, compiled=False)
-    assert {"this notebook", "recurrence in PyTorch"} <= set(found) and all(v > 0 for v in found.values())
+    assert {"this notebook", "this notebook, layers alone fused", "this notebook, scans alone fused", "recurrence of Section 2.1 in PyTorch"} <= set(found) and all(v > 0 for v in found.values())
     assert "this notebook" in recall.peers_table({8: found}).to_markdown()
     assert set(recall.step_shares(8, 1).part) == {"scans, step sizes, gates", "convolutions", "matrix products", "rest"}
     grown = recall.growth("nope", [16, 32], 1)
     assert list(grown.length) == [16, 32] and (grown.seconds > 0).all()
     assert set(recall.model_steps(1)) == set(recall.RATES)
+
+
+@pytest.mark.parametrize("part", ["LayerMamba", "ScanMamba", "ReferenceMamba"])
+def test_partly_fused_layers_compute_the_same(recall, part):
+    """What the benchmark compares to say which fusion pays: the same numbers, and none of them takes the whole step as one call."""
+    torch.manual_seed(0)
+    other, ours, x = getattr(recall, part)(8), recall.Mamba(8), torch.randn(2, 32, 8)
+    other.load_state_dict(ours.state_dict())
+    assert relative(ours(x), other(x).double()) < 1e-5
+    assert recall.step_plan(recall.Recall([other, other], 16, 8, nn.LayerNorm)) is None
 
 
 @pytest.mark.parametrize("mambapy", [False, True])

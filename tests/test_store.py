@@ -39,8 +39,8 @@ def test_a_run_is_trained_once_and_the_same_in_every_store(recall, tmp_path, mon
     assert all(torch.equal(p, results[1]["weights"][k]) for k, p in results[0]["weights"].items())
     entry, = (tmp_path / "b").glob("*.pt")
     before = entry.stat().st_mtime_ns
-    recall.run_all([job], profile, workers=1)
-    assert entry.stat().st_mtime_ns == before
+    renamed = recall.run_all([(dataclasses.replace(job[0], problem="P2c"), 0)], profile, workers=1)[0]
+    assert entry.stat().st_mtime_ns == before and renamed["config"]["problem"] == "P2c"
     entry.write_bytes(entry.read_bytes()[:1000])
     again = recall.run_all([job], profile, workers=1)[0]
     assert again["curve"] == results[0]["curve"] and entry.exists() and entry.with_suffix(".broken").stat().st_size == 1000
