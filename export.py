@@ -48,6 +48,7 @@ TEMPLATE = r"""
 #let mono = ("DejaVu Sans Mono", "New Computer Modern Math")
 #let grey = luma(110)
 #let code-size = state("code-size", 6.5pt)
+#let code-leading = state("code-leading", 0.5em)
 #let small = state("small", false)  // whether a table is long enough to be set in small type
 
 // Moves to the next page unless this one has so much room left; leaves no trace otherwise.
@@ -94,7 +95,7 @@ TEMPLATE = r"""
   // 6.5 pt puts 126 characters on a line; the zero-width spaces let longer words wrap.
   show raw.where(block: true): it => context {
     set text(code-size.get())
-    set par(justify: false, leading: 0.5em)
+    set par(justify: false, leading: code-leading.get())
     show regex("\S{60,}"): word => word.text.clusters().join(sym.zws)
     let output = it.lang == "output"
     let long = it.lines.len() > 10
@@ -198,8 +199,9 @@ TEMPLATE = r"""
 
 
 # Wide pages of five columns, so that the plumbing takes few of them and its lines stay whole.
-APPENDIX = """#set page(paper: "a2", flipped: true, columns: 5, margin: 1.1cm, header: none)
-#set columns(gutter: 0.5cm)
+APPENDIX = """#set page(paper: "a2", flipped: true, columns: 5, margin: (x: 1cm, top: 0.9cm, bottom: 1.2cm), header: none)
+#set columns(gutter: 0.4cm)
+#code-leading.update(0.36em)
 #show heading.where(level: 3): set text(8pt)
 #show heading.where(level: 3): set block(above: 0.8em, below: 0.5em)
 #code-size.update(5.5pt)"""
@@ -346,7 +348,7 @@ class ReportPreprocessor(Preprocessor):
             number = len(self.appendix) + 1
             arguments = f"({_quote(f'folded-{number}')}, "
             arguments += f"{_quote(comment[1] if comment else f'Folded cell {number}')})"
-            self.appendix.append(_raw(f"#folded-heading{arguments}") + code)
+            self.appendix.append(_raw(f"#folded-heading{arguments}") + re.sub(r"\n{3,}", "\n\n", code))
             self.pointers.append(arguments)
             code = ""
         # Progress bars and warnings go first, so that the prints around them come together.

@@ -7,6 +7,7 @@ The full profile replaces the committed files; any other writes to a folder of i
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -27,7 +28,6 @@ NOTEBOOK = "recall.ipynb"
 
 def load_definitions(notebook, folder):
     """Import the notebook's definition cells as a module, from a file in `folder`."""
-    import importlib.util
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recall_definitions.py"
     path.write_text(jupytext.writes(jupytext.read(notebook), fmt="py:percent"), encoding="utf-8")
@@ -65,14 +65,16 @@ def move(source, target):
 def make(profile):
     """Train, execute, typeset, move; prints where the time went."""
     start = time.perf_counter()
+    os.environ.setdefault("RECALL_STORE", str(ROOT / ".runs"))
+    recall = load_definitions(ROOT / NOTEBOOK, ROOT / ".build" / "module")
+    try:
+        chosen = recall.chosen_profile(profile)
+    except ValueError as error:
+        sys.exit(str(error))
     stage = ROOT / ".build" / profile
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
-    os.environ.setdefault("RECALL_STORE", str(ROOT / ".runs"))
-    recall = load_definitions(ROOT / NOTEBOOK, ROOT / ".build" / "module")
-    if profile not in recall.PROFILES:
-        sys.exit(f"PROFILE={profile}: one of {', '.join(recall.PROFILES)}")
-    results = recall.run_all(recall.jobs(recall.PROFILES[profile]), recall.PROFILES[profile])
+    results = recall.run_all(recall.jobs(chosen), chosen)
     trained = time.perf_counter()
     shutil.copy(ROOT / NOTEBOOK, stage / NOTEBOOK)
     notebook = execute(stage / NOTEBOOK, stage)

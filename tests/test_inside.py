@@ -107,12 +107,23 @@ def test_a_skipped_place_is_not_seen(recall):
     assert not torch.allclose(recall.selective_scan(u, delta, A, B, C), recall.selective_scan(other, delta, A, B, C))
 
 
-def test_the_implicit_attention_is_the_recurrence(recall, tokens):
-    """Its shares are non-negative, sum to one, and see only the past's writes."""
+def test_the_implicit_attention_follows_the_writes(recall, tokens, monkeypatch):
+    """Shares sum to one; a place at which nothing is written has none, and what it had goes to the others in proportion."""
     torch.manual_seed(7)
     net = recall.build_model("mamba")
     share = recall.implicit_attention(net, tokens, 1)
     assert share.shape == tokens.shape and (share >= 0).all() and torch.allclose(share.sum(1), torch.ones(len(tokens)))
+    whole = recall.contributions
+
+    def silent(*arguments):
+        part, decay = whole(*arguments)
+        part[..., 5] = 0
+        return part, decay
+    monkeypatch.setattr(recall, "contributions", silent)
+    without = recall.implicit_attention(net, tokens, 1)
+    others = torch.arange(tokens.shape[1]) != 5
+    assert (share[:, 5] > 0).all() and (without[:, 5] == 0).all()
+    assert torch.allclose(without[:, others], share[:, others] / (1 - share[:, 5:6]), atol=1e-6)
 
 
 def test_the_contributions_sum_to_the_recurrence(recall, tokens):
@@ -156,11 +167,17 @@ def test_with_row_moves_one_row(recall):
     assert all(torch.equal(a, b) for a, b in zip(recall.with_row(mamba, 20, 64).parameters(), mamba.parameters()))
 
 
-def test_a_disguise_moves_the_mean(recall, net):
-    """Disguised, layer 1's mean output at the last place is that at the length it seems; as itself there is nothing to add."""
+def test_a_disguise_reaches_the_head(recall, net):
+    """The vector is added to the stream after layer 1 at the last place and nowhere else: the answers are those of layer 2 and the head on that stream."""
     placed, shift = recall.disguised(net, 1, 1, 20, 64)
-    assert torch.allclose(recall.mean_output(placed, 1, 1, 20) + shift, recall.mean_output(net, 1, 1, 64), atol=1e-6) and shift.abs().max() > 0
-    assert recall.disguised(net, 1, 1, 64, 64)[1].abs().max() == 0
+    tokens, _ = recall.sample_batch(200, 20, 16, 1, 1, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        x = recall.layer_inputs(placed, tokens, 1)
+        x[:, -1] += 100 * shift
+        end = x[:, -1] + placed.mixers[1](placed.norms[1](x))[:, -1]
+        want = placed.head(placed.norms[2](end)).argmax(1)
+    got = recall.answers(placed, tokens, shift=100 * shift)
+    assert torch.equal(got, want) and not torch.equal(got, recall.answers(placed, tokens))
 
 
 def test_query_places(recall, generator):
