@@ -14,10 +14,7 @@ def tables():
     paths = [ROOT / "figures" / f"{name}.csv" for name in ("accuracy", "convergence", "mechanisms")]
     if not all(p.is_file() for p in paths):
         pytest.skip("no tables are committed")
-    tables = [pd.read_csv(p) for p in paths]
-    if not {"per query", "held in both", "clock broken"} <= set(tables[2].measurement):
-        pytest.skip("the committed tables are of a run before these measurements")
-    return tables
+    return [pd.read_csv(p) for p in paths]
 
 
 def test_claims_hold_in_the_committed_tables(recall, tables):
@@ -29,7 +26,7 @@ def test_claims_hold_in_the_committed_tables(recall, tables):
 
 @pytest.mark.parametrize("doctor, named", [
     (lambda a, c, m: a.loc[(a.problem == "P1a") & (a.model == "mamba") & (a.length == 64), "correct"].index, "P1a: Mamba at L"),
-    (lambda a, c, m: a.loc[(a.problem == "P3a") & (a.M == 16) & (a.length == 64), "correct"].index, "P3a: M = 16, at L")])
+    (lambda a, c, m: a.loc[(a.problem == "P3a") & (a.M == 8) & (a.length == 64), "correct"].index, "P3a: M = 8, at L")])
 def test_a_doctored_accuracy_breaks_its_claim(recall, tables, doctor, named):
     """Accuracy halved where a claim rests on it: the claim is reported by name, and raising it stops the notebook."""
     accuracy = tables[0].copy()
@@ -49,10 +46,11 @@ def test_a_doctored_mechanism_breaks_its_claim(recall, tables):
 
 
 def test_untrained_tables_carry_no_claim(recall, tables):
-    """Every run at chance: most claims fail."""
+    """Every run at chance: of the claims of recall (a lowest accuracy at L or 3L) none holds."""
     accuracy, convergence = (t.assign(correct=t.n // 16) for t in tables[:2])
     checked = recall.check_claims(accuracy, convergence, tables[2])
-    assert (checked.holds == "NO").sum() >= 10
+    recalls = checked.claim.str.match(r"P[123][abc].*at (?:L|3L|L/2)$") & checked.bound.str.startswith("≥")
+    assert recalls.sum() >= 15 and (checked.holds[recalls] == "NO").all()
 
 
 @pytest.fixture(scope="module")
