@@ -48,7 +48,7 @@ TEMPLATE = r"""
 #let mono = ("DejaVu Sans Mono", "New Computer Modern Math")
 #let grey = luma(110)
 #let code-size = state("code-size", 6.5pt)
-#let code-leading = state("code-leading", 0.5em)
+#let code-leading = state("code-leading", 0.42em)
 #let small = state("small", false)  // whether a table is long enough to be set in small type
 
 // Moves to the next page unless this one has so much room left; leaves no trace otherwise.
@@ -65,7 +65,7 @@ TEMPLATE = r"""
 #let report(title: "", running: "", authors: (), keywords: (), body) = {
   set document(title: title, author: authors, keywords: keywords, date: none)
   set page(
-    paper: "a4", margin: (x: 1.7cm, top: 1.7cm, bottom: 1.6cm), footer-descent: 35%,
+    paper: "a4", margin: (x: 1.6cm, top: 1.5cm, bottom: 1.35cm), footer-descent: 35%,
     header: context if counter(page).get().first() > 1 {
       set text(8.5pt, fill: grey, style: "italic")
       running
@@ -75,7 +75,7 @@ TEMPLATE = r"""
     footer: context align(center, text(8.5pt, fill: grey, counter(page).display("1 / 1", both: true))),
   )
   set text(font: serif, size: 9pt, lang: "en")
-  set par(justify: true, leading: 0.58em, spacing: 0.85em)
+  set par(justify: true, leading: 0.53em, spacing: 0.75em)
   set list(indent: 0.6em)
   set enum(indent: 0.6em)
   show link: set text(fill: rgb("#1f4e79"))
@@ -207,7 +207,7 @@ APPENDIX = """#set page(paper: "a2", flipped: true, columns: 5, margin: (x: 1cm,
 #code-size.update(5.5pt)"""
 
 
-PAGE_END, GAP = 841.9 - 45, 100  # points from the top of an A4 page to the end of its text; the largest blank area allowed
+PAGE_END, GAP = 841.9 - 38, 100  # points from the top of an A4 page to the end of its text; the largest blank area allowed
 
 
 class ExportError(Exception):
