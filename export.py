@@ -82,7 +82,7 @@ TEMPLATE = r"""
 
   set heading(numbering: none)
   show heading: set par(justify: false)
-  show heading: set block(above: 1.2em, below: 0.65em)
+  show heading: set block(above: 1em, below: 0.55em)
   show heading.where(level: 1): set text(14pt)
   show heading.where(level: 2): set text(12.5pt)
   show heading.where(level: 2): it => { place.flush(); it }
@@ -110,7 +110,7 @@ TEMPLATE = r"""
   }
 
   set figure(numbering: none, supplement: none, gap: 0.7em)
-  show figure: set block(above: 1em, below: 1em)
+  show figure: set block(above: 0.8em, below: 0.8em)
   show figure.caption: set text(8.5pt)
   // Centred when it takes one line, flush otherwise. A caption above a long table must not stay
   // behind when the table moves to the next page.
@@ -121,7 +121,7 @@ TEMPLATE = r"""
   show figure.where(kind: table): set block(breakable: true)
   set image(width: 100%)
 
-  set table(stroke: (_, y) => if y == 0 { (bottom: 0.5pt) }, inset: (x: 0.55em, y: 0.36em))
+  set table(stroke: (_, y) => if y == 0 { (bottom: 0.5pt) }, inset: (x: 0.55em, y: 0.28em))
   set table.hline(stroke: 0.5pt)
   show table.cell.where(y: 0): strong
   show table.cell: set par(justify: false)
@@ -177,7 +177,7 @@ TEMPLATE = r"""
   } else {
     needs(5cm)  // a long table may break, but not after its first rows
     small.update(lines > 30)
-    set table(inset: (x: 0.4em, y: 0.3em)) if lines > 30
+    set table(inset: (x: 0.4em, y: 0.22em)) if lines > 30
     set-table(none)
     small.update(false)
   }
