@@ -68,6 +68,26 @@ def test_extreme_steps_and_decays(recall, length):
         assert torch.isfinite(gradient).all() and relative(gradient, wanted[name]) < 1e-5, name
 
 
+@pytest.mark.parametrize("name", ["A", "delta"])
+def test_a_state_that_grows(recall, name):
+    """Exponents above 0, which no Mamba has, are as right, and overflow where the recurrence does."""
+    arguments = inputs(2, 16, 30, 4, 7) | dict(D=None, z=None, delta_bias=None)
+    arguments["delta"] = arguments["delta"].abs()
+    arguments[name] = -arguments[name] / 10
+    y = recall.selective_scan(**arguments)
+    assert relative(y, recall.selective_scan(**{k: v if v is None else v.double() for k, v in arguments.items()})) < 1e-5
+    assert not torch.isfinite(recall.selective_scan(**arguments | {name: 1_000 * arguments[name]})).all()
+
+
+def test_extreme_gates(recall):
+    """A gate far from 0 on either side is 0 or passes all, and its gradient is finite."""
+    arguments = inputs(2, 16, 20, 16, 5)
+    arguments["z"] = torch.linspace(-300, 300, arguments["z"].numel()).view_as(arguments["z"])
+    y, gradients = values_and_gradients(recall, arguments, dict(delta_softplus=True))
+    want, wanted = values_and_gradients(recall, {k: v.double() for k, v in arguments.items()}, dict(delta_softplus=True))
+    assert relative(y, want) < 1e-5 and all(relative(gradients[k], wanted[k]) < 1e-5 for k in arguments)
+
+
 def test_gradient_against_finite_differences(recall):
     """The reference that the kernel is held to has itself the gradient that float64 finite differences give."""
     arguments = [v.double().requires_grad_() for v in inputs(1, 2, 5, 3, 0).values()]

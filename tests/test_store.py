@@ -64,7 +64,8 @@ def test_entries_differ_by_all_that_decides(recall):
 
 
 @pytest.mark.parametrize("curve, window, answer", [
-    ([0.1] * 8, 4, False), ([0.1] * 4 + [0.2] * 4, 4, True), ([0.1] * 4 + [0.109] * 4, 4, False), ([0.5, 0.9], 4, False), ([0.9] * 4 + [0.1] * 4, 4, False)])
+    ([0.1] * 8, 4, False), ([0.1] * 4 + [0.2] * 4, 4, True), ([0.1] * 4 + [0.109] * 4, 4, False), ([0.5, 0.9], 4, False), ([0.9] * 4 + [0.1] * 4, 4, False),
+    ([0.1] * 10 + [0.118] * 2, 6, True), ([0.1] * 6 + [0.12] * 4 + [0.1] * 2, 6, True), ([0.1] * 10 + [0.109] * 2, 6, False)])
 def test_climbing(recall, curve, window, answer):
-    """A budget grows only while the mean accuracy of a window is over a point above that of the one before."""
-    assert recall.climbing(curve, window) is answer
+    """A budget grows only while the mean accuracy of a window, or of its last two values, is over a point above that of the window before."""
+    assert bool(recall.climbing(curve, window, 2)) is answer
