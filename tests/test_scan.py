@@ -29,6 +29,16 @@ def values_and_gradients(recall, arguments, flags):
     return y, {k: v.grad for k, v in arguments.items()}
 
 
+def assert_as_the_recurrence(recall, arguments, **flags):
+    """Values and every gradient are finite and within 1e-5 of the float64 recurrence, and come from the fused kernel."""
+    y, gradients = values_and_gradients(recall, arguments, flags)
+    want, wanted = values_and_gradients(recall, {k: v.double() for k, v in arguments.items()}, flags)
+    assert y.dtype == torch.float32 and "FusedScan" in y.grad_fn.next_functions[0][0].name()
+    assert torch.isfinite(y).all() and relative(y, want) < 1e-5
+    for name, gradient in gradients.items():
+        assert torch.isfinite(gradient).all() and relative(gradient, wanted[name]) < 1e-5, name
+
+
 CASES = [(2, 16, length, 16, True) for length in (1, 2, 3, 5, 31, 64, 127, 200)] + [
     (3, 5, 40, 1, True), (1, 7, 33, 4, True), (2, 12, 50, 5, False), (2, 24, 64, 8, True), (1, 128, 64, 16, True), (2, 8, 20, 32, False), (1, 4, 1000, 16, True)]
 
@@ -40,32 +50,19 @@ def test_scan_equals_the_recurrence(recall, batch, dim, length, N, softplus):
     if not softplus:
         arguments["delta"] = arguments["delta"].abs()
         del arguments["delta_bias"]
-    y, gradients = values_and_gradients(recall, arguments, dict(delta_softplus=softplus))
-    assert y.dtype == torch.float32 and y.grad_fn is not None
-    want, wanted = values_and_gradients(recall, {k: v.double() for k, v in arguments.items()}, dict(delta_softplus=softplus))
-    assert relative(y, want) < 1e-5
-    for name, gradient in gradients.items():
-        assert relative(gradient, wanted[name]) < 1e-5, name
+    assert_as_the_recurrence(recall, arguments, delta_softplus=softplus)
 
 
 @pytest.mark.parametrize("absent", [("D",), ("z",), ("D", "z"), ("delta_bias",), ("D", "z", "delta_bias")])
 def test_optional_arguments(recall, absent):
     """Skip, gate and bias may be left out, each alone and together."""
-    arguments = {k: v for k, v in inputs(2, 16, 20, 16, 1).items() if k not in absent}
-    y, gradients = values_and_gradients(recall, arguments, dict(delta_softplus=True))
-    want, wanted = values_and_gradients(recall, {k: v.double() for k, v in arguments.items()}, dict(delta_softplus=True))
-    assert relative(y, want) < 1e-5 and all(relative(gradients[k], wanted[k]) < 1e-5 for k in arguments)
+    assert_as_the_recurrence(recall, {k: v for k, v in inputs(2, 16, 20, 16, 1).items() if k not in absent}, delta_softplus=True)
 
 
 @pytest.mark.parametrize("length", [4, 64, 300])
 def test_extreme_steps_and_decays(recall, length):
     """delta from 1e-6 to 50 and A down to -64: no NaN or infinity, and still within 1e-5."""
-    arguments = {k: v for k, v in inputs(2, 16, length, 16, length, extreme=True).items() if k != "delta_bias"}
-    y, gradients = values_and_gradients(recall, arguments, {})
-    want, wanted = values_and_gradients(recall, {k: v.double() for k, v in arguments.items()}, {})
-    assert torch.isfinite(y).all() and relative(y, want) < 1e-5
-    for name, gradient in gradients.items():
-        assert torch.isfinite(gradient).all() and relative(gradient, wanted[name]) < 1e-5, name
+    assert_as_the_recurrence(recall, {k: v for k, v in inputs(2, 16, length, 16, length, extreme=True).items() if k != "delta_bias"})
 
 
 @pytest.mark.parametrize("name", ["A", "delta"])
@@ -83,9 +80,7 @@ def test_extreme_gates(recall):
     """A gate far from 0 on either side is 0 or passes all, and its gradient is finite."""
     arguments = inputs(2, 16, 20, 16, 5)
     arguments["z"] = torch.linspace(-300, 300, arguments["z"].numel()).view_as(arguments["z"])
-    y, gradients = values_and_gradients(recall, arguments, dict(delta_softplus=True))
-    want, wanted = values_and_gradients(recall, {k: v.double() for k, v in arguments.items()}, dict(delta_softplus=True))
-    assert relative(y, want) < 1e-5 and all(relative(gradients[k], wanted[k]) < 1e-5 for k in arguments)
+    assert_as_the_recurrence(recall, arguments, delta_softplus=True)
 
 
 def test_gradient_against_finite_differences(recall):
