@@ -69,7 +69,7 @@ TEMPLATE = r"""
     header: context if counter(page).get().first() > 1 {
       set text(8.5pt, fill: grey, style: "italic")
       running
-      v(-0.7em)
+      v(-0.45em)
       line(length: 100%, stroke: 0.4pt + luma(190))
     },
     footer: context align(center, text(8.5pt, fill: grey, counter(page).display("1 / 1", both: true))),
