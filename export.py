@@ -65,7 +65,7 @@ TEMPLATE = r"""
 #let report(title: "", running: "", authors: (), keywords: (), body) = {
   set document(title: title, author: authors, keywords: keywords, date: none)
   set page(
-    paper: "a4", margin: (x: 1.6cm, top: 1.5cm, bottom: 1.35cm), footer-descent: 35%,
+    paper: "a4", margin: (x: 1.6cm, top: 1.45cm, bottom: 1.3cm), footer-descent: 35%,
     header: context if counter(page).get().first() > 1 {
       set text(8.5pt, fill: grey, style: "italic")
       running
@@ -75,7 +75,7 @@ TEMPLATE = r"""
     footer: context align(center, text(8.5pt, fill: grey, counter(page).display("1 / 1", both: true))),
   )
   set text(font: serif, size: 9pt, lang: "en")
-  set par(justify: true, leading: 0.53em, spacing: 0.75em)
+  set par(justify: true, leading: 0.5em, spacing: 0.7em)
   set list(indent: 0.6em)
   set enum(indent: 0.6em)
   show link: set text(fill: rgb("#1f4e79"))
