@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -52,14 +53,21 @@ def execute(notebook, folder):
 
 
 def move(source, target):
-    """Put every file of `source` under `target`, each in one step; figures that are no longer made go."""
-    for old in (target / "figures").glob("*"):
-        if not (source / "figures" / old.name).exists():
-            old.unlink()
-    for file in sorted(p for p in source.rglob("*") if p.is_file()):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, place)
+    """Put every file of `source` under `target`, each in one step; figures that are no longer made go.
+
+    Ctrl-C has no effect meanwhile: notebook, figures and PDF in place are always of one run.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for old in (target / "figures").glob("*"):
+            if not (source / "figures" / old.name).exists():
+                old.unlink()
+        for file in sorted(p for p in source.rglob("*") if p.is_file()):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def make(profile):

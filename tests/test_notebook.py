@@ -1,6 +1,11 @@
 """The notebook and its PDF: the whole in the smoke profile, and what is committed."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 
 import nbformat
@@ -70,3 +75,53 @@ def test_a_stale_report_is_told(tmp_path):
     found = " ".join(report.stale(tmp_path))
     assert "outputs are of definitions" in found and "figures: made by definitions" in found and "report.pdf: not of these definitions" in found
     assert "figures/p1a.pdf is not the file" in found and "not typeset from this" in found
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what `make report` runs and of what it would replace, and a function that starts it there."""
+    for name in ("recall.ipynb", "report.py", "export.py", "report.pdf"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "figures", tmp_path / "figures")
+    started = []
+
+    def start(profile):
+        environment = os.environ | {"PROFILE": profile, "RECALL_STORE": str(tmp_path / ".runs")}
+        started.append(subprocess.Popen([sys.executable, "report.py"], cwd=tmp_path, env=environment, text=True, start_new_session=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        return started[-1]
+    yield tmp_path, start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def contents(folder):
+    """Every file below a folder that is not the run's own scratch, with its bytes."""
+    own = {".build", ".runs", "__pycache__"}
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not own & set(p.relative_to(folder).parts)}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process group")
+def test_ctrl_c_leaves_nothing_half_written(checkout):
+    """Interrupted while the workers train: says that it goes on from there, and no file in place has come, gone or changed."""
+    folder, start = checkout
+    before, process = contents(folder), start("smoke")
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(".runs/definitions_*.py")):  # written right before the pool starts
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=10)[0]
+        time.sleep(0.2)
+    time.sleep(5)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "goes on from here" in said and "Traceback" not in said
+    assert contents(folder) == before and not list(folder.glob(".runs/part-*"))
+
+
+def test_an_unknown_profile_is_refused_at_once(checkout):
+    """The message names the value and what is allowed, and nothing is removed."""
+    folder, start = checkout
+    before, process = contents(folder), start("..")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "PROFILE='..'" in said and "full, quick, smoke" in said and "Traceback" not in said
+    assert contents(folder) == before
