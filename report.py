@@ -73,7 +73,8 @@ def move(source, target):
 def make(profile):
     """Train, execute, typeset, move; prints where the time went."""
     start = time.perf_counter()
-    os.environ.setdefault("RECALL_STORE", str(ROOT / ".runs"))
+    # Absolute, as the notebook runs in a folder of its own.
+    os.environ["RECALL_STORE"] = str(Path(os.environ.get("RECALL_STORE", ROOT / ".runs")).resolve())
     recall = load_definitions(ROOT / NOTEBOOK, ROOT / ".build" / "module")
     try:
         chosen = recall.chosen_profile(profile)
