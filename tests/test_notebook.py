@@ -125,3 +125,20 @@ def test_an_unknown_profile_is_refused_at_once(checkout):
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "PROFILE='..'" in said and "full, quick, smoke" in said and "Traceback" not in said
     assert contents(folder) == before
+
+
+def test_a_relative_store_is_taken_from_here(tmp_path, monkeypatch):
+    """RECALL_STORE=folder is meant from where `make report` starts, not from the scratch folder in which the notebook runs."""
+    import report
+
+    class Loaded(Exception):
+        pass
+
+    def stop(*_):
+        raise Loaded
+    monkeypatch.setattr(report, "load_definitions", stop)
+    monkeypatch.setenv("RECALL_STORE", "kept")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Loaded):
+        report.make("smoke")
+    assert os.environ["RECALL_STORE"] == str(tmp_path / "kept")
