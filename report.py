@@ -19,12 +19,14 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
 from pypdf import PdfReader
 
 from export import ExportError, export, notebook_digest
 
 ROOT = Path(__file__).resolve().parent
 NOTEBOOK = "recall.ipynb"
+KERNEL_LOG = ROOT / ".build" / "kernel.log"
 
 
 def load_definitions(notebook, folder):
@@ -38,10 +40,20 @@ def load_definitions(notebook, folder):
     return module
 
 
-def execute(notebook, folder):
-    """Run the notebook top to bottom in `folder`, write it there with its outputs and return its path."""
+def execute(notebook, folder, log=os.devnull):
+    """Run the notebook top to bottom in `folder`, write it there with its outputs and return its path.
+
+    What the kernel's process says of itself goes to the file `log`. Raises KeyboardInterrupt for Ctrl-C.
+    """
     book = nbformat.read(notebook, as_version=4)
-    NotebookClient(book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    client = NotebookClient(book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    try:
+        with open(log, "w", encoding="utf-8") as words:
+            client.execute(stderr=words)
+    except Exception as error:
+        if hasattr(client, "_async_cleanup_kernel_future"):  # nbclient's answer to Ctrl-C; what it raises then is that its kernel is gone
+            raise KeyboardInterrupt from error
+        raise
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # times of day would make two equal runs differ
         for output in [o for o in cell.get("outputs", []) if o.get("name") == "stderr"]:
@@ -86,7 +98,7 @@ def make(profile):
     results = recall.run_all(recall.jobs(chosen), chosen)
     trained = time.perf_counter()
     shutil.copy(ROOT / NOTEBOOK, stage / NOTEBOOK)
-    notebook = execute(stage / NOTEBOOK, stage)
+    notebook = execute(stage / NOTEBOOK, stage, KERNEL_LOG)
     executed = time.perf_counter()
     export(notebook, stage / "report.pdf")
     target = ROOT if profile == "full" else ROOT / profile
@@ -151,5 +163,7 @@ if __name__ == "__main__":
         make(os.environ.get("PROFILE", "full"))
     except ExportError as error:
         sys.exit(f"report: {error}")
+    except DeadKernelError:
+        sys.exit(f"report: the notebook's kernel died (out of memory?); what it said is in {KERNEL_LOG}")
     except KeyboardInterrupt:
         sys.exit("interrupted; finished runs are kept, `make report` goes on from here")

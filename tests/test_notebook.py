@@ -118,6 +118,28 @@ def test_ctrl_c_leaves_nothing_half_written(checkout):
     assert contents(folder) == before and not list(folder.glob(".runs/part-*"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process group")
+def test_ctrl_c_in_a_cell_stops_without_a_traceback(tmp_path):
+    """Interrupted while the notebook runs: KeyboardInterrupt, which `make report` answers in one line, and the notebook as it was."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import time\nopen('started', 'w').close()\ntime.sleep(60)")])
+    nbformat.write(book, tmp_path / "recall.ipynb")
+    before = (tmp_path / "recall.ipynb").read_bytes()
+    code = "import pathlib, report\ntry: report.execute('recall.ipynb', pathlib.Path('.'))\nexcept KeyboardInterrupt: print('interrupted')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    try:
+        while not (tmp_path / "started").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=60)[0] == "interrupted\n"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (tmp_path / "recall.ipynb").read_bytes() == before
+
+
 def test_an_unknown_profile_is_refused_at_once(checkout):
     """The message names the value and what is allowed, and nothing is removed."""
     folder, start = checkout
