@@ -78,22 +78,38 @@ def test_a_stale_report_is_told(tmp_path):
 
 
 @pytest.fixture
-def checkout(tmp_path):
-    """A copy of what `make report` runs and of what it would replace, and a function that starts it there."""
-    for name in ("recall.ipynb", "report.py", "export.py", "report.pdf"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "figures", tmp_path / "figures")
+def start(tmp_path):
+    """start(*arguments, **variables): Python in `tmp_path`, in a process group of its own, which ends with the test."""
     started = []
 
-    def start(profile):
-        environment = os.environ | {"PROFILE": profile, "RECALL_STORE": str(tmp_path / ".runs")}
-        started.append(subprocess.Popen([sys.executable, "report.py"], cwd=tmp_path, env=environment, text=True, start_new_session=True,
+    def start(*arguments, **variables):
+        started.append(subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, env=os.environ | variables, text=True, start_new_session=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
         return started[-1]
-    yield tmp_path, start
+    yield start
     for process in started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def make_report(tmp_path, start):
+    """What `make report` does with a profile, in `tmp_path` on a copy of what it runs and of what it would replace."""
+    for name in ("recall.ipynb", "report.py", "export.py", "report.pdf"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "figures", tmp_path / "figures")
+    return lambda profile: start("report.py", PROFILE=profile, RECALL_STORE=".runs")
+
+
+def interrupted(process, folder, sign, later=0):
+    """What a process says that gets Ctrl-C `later` seconds after a file named like `sign` has come."""
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(sign)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(later)
+    os.killpg(process.pid, signal.SIGINT)
+    return process.communicate(timeout=60)[0]
 
 
 def contents(folder):
@@ -102,65 +118,38 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not own & set(p.relative_to(folder).parts)}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process group")
-def test_ctrl_c_leaves_nothing_half_written(checkout):
+def test_ctrl_c_leaves_nothing_half_written(tmp_path, make_report):
     """Interrupted while the workers train: says that it goes on from there, and no file in place has come, gone or changed."""
-    folder, start = checkout
-    before, process = contents(folder), start("smoke")
-    deadline = time.monotonic() + 120
-    while not list(folder.glob(".runs/definitions_*.py")):  # written right before the pool starts
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=10)[0]
-        time.sleep(0.2)
-    time.sleep(5)
-    os.killpg(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    before, process = contents(tmp_path), make_report("smoke")
+    said = interrupted(process, tmp_path, ".runs/definitions_*.py", later=5)  # written right before the pool starts
     assert process.returncode == 1 and "goes on from here" in said and "Traceback" not in said
-    assert contents(folder) == before and not list(folder.glob(".runs/part-*"))
+    assert contents(tmp_path) == before and not list(tmp_path.glob(".runs/part-*"))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process group")
-def test_ctrl_c_in_a_cell_stops_without_a_traceback(tmp_path):
+def test_ctrl_c_in_a_cell_stops_without_a_traceback(tmp_path, start):
     """Interrupted while the notebook runs: KeyboardInterrupt, which `make report` answers in one line, and the notebook as it was."""
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import time\nopen('started', 'w').close()\ntime.sleep(60)")])
     nbformat.write(book, tmp_path / "recall.ipynb")
     before = (tmp_path / "recall.ipynb").read_bytes()
     code = "import pathlib, report\ntry: report.execute('recall.ipynb', pathlib.Path('.'))\nexcept KeyboardInterrupt: print('interrupted')"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
-                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 120
-    try:
-        while not (tmp_path / "started").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.communicate(timeout=60)[0] == "interrupted\n"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    assert interrupted(start("-c", code, PYTHONPATH=str(ROOT)), tmp_path, "started") == "interrupted\n"
     assert (tmp_path / "recall.ipynb").read_bytes() == before
 
 
-def test_an_unknown_profile_is_refused_at_once(checkout):
+def test_an_unknown_profile_is_refused_at_once(tmp_path, make_report):
     """The message names the value and what is allowed, and nothing is removed."""
-    folder, start = checkout
-    before, process = contents(folder), start("..")
+    before, process = contents(tmp_path), make_report("..")
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "PROFILE='..'" in said and "full, quick, smoke" in said and "Traceback" not in said
-    assert contents(folder) == before
+    assert contents(tmp_path) == before
 
 
 def test_a_relative_store_is_taken_from_here(tmp_path, monkeypatch):
     """RECALL_STORE=folder is meant from where `make report` starts, not from the scratch folder in which the notebook runs."""
     import report
-
-    class Loaded(Exception):
-        pass
-
-    def stop(*_):
-        raise Loaded
-    monkeypatch.setattr(report, "load_definitions", stop)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setenv("RECALL_STORE", "kept")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Loaded):
+    with pytest.raises(FileNotFoundError):  # no notebook lies here
         report.make("smoke")
     assert os.environ["RECALL_STORE"] == str(tmp_path / "kept")
