@@ -155,7 +155,7 @@ def test_the_23_configurations(recall):
 
 @pytest.mark.parametrize("seed", [11, 12])
 def test_a_hybrid_learns_the_induction_head(recall, seed):
-    """The report's own training loop, at most 1,000 steps and the fall of the rate, brings the hybrid well above anything but recall."""
+    """The report's own training loop, 1,000 steps at most, brings the hybrid well above anything but recall."""
     profile = dataclasses.replace(recall.PROFILES["quick"], every=100, test=500)
     config = recall.Config("P1a", "hybrid", rate=1e-2)
     model, curve = recall.train(config, seed, profile, 1000, 1000)
