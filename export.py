@@ -198,13 +198,13 @@ TEMPLATE = r"""
 """
 
 
-# Wide pages of five columns, so that the plumbing takes few of them and its lines stay whole.
-APPENDIX = """#set page(paper: "a2", flipped: true, columns: 5, margin: (x: 1cm, top: 0.9cm, bottom: 1.2cm), header: none)
+# Wide pages of six columns, so that the plumbing takes few of them and its lines stay whole.
+APPENDIX = """#set page(paper: "a1", flipped: true, columns: 6, margin: (x: 1cm, top: 0.9cm, bottom: 1.2cm), header: none)
 #set columns(gutter: 0.4cm)
 #code-leading.update(0.36em)
-#show heading.where(level: 3): set text(8pt)
+#show heading.where(level: 3): set text(9pt)
 #show heading.where(level: 3): set block(above: 0.8em, below: 0.5em)
-#code-size.update(5.5pt)"""
+#code-size.update(7pt)"""
 
 
 PAGE_END, GAP = 841.9 - 38, 100  # points from the top of an A4 page to the end of its text; the largest blank area allowed

@@ -168,3 +168,23 @@ def test_same_seed_same_bits(recall):
     runs = [recall.train(config, seed, profile, 10, 10) for seed in (1, 1, 2)]
     states = [torch.cat([p.flatten() for p in m.parameters()]) for m, _ in runs]
     assert torch.equal(states[0], states[1]) and runs[0][1] == runs[1][1] and not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("correct, end", [(1000, 1010), (995, 1500), (500, 1500)])
+def test_a_run_ends_when_it_stays_at_99_9_percent_or_with_its_budget(recall, monkeypatch, correct, end):
+    """A mean of 99.9 % ends a run once the rate has fallen, 1,000 steps after 99 %; 99.5 % and 50 % do not."""
+    monkeypatch.setattr(recall, "count_correct", lambda *args: correct)
+    profile = dataclasses.replace(recall.PROFILES["smoke"], every=5, patience=2, test=1000)
+    curve = recall.train(recall.Config("P1a", "hybrid"), 1, profile, 1500, 3000)[1]
+    assert curve[-1] == (end, correct) and len(curve) == end // 5
+
+
+def test_the_tested_weights_are_the_moving_average(recall, monkeypatch):
+    """After one step the kept weights are 99 % of the initial and 1 % of the trained ones."""
+    profile, config, weights = dataclasses.replace(recall.PROFILES["smoke"], every=1), recall.Config("P1a", "hybrid", rate=0.5), {}
+    for kept in (1.0, 0.0, recall.AVERAGE):
+        monkeypatch.setattr(recall, "AVERAGE", kept)
+        weights[kept] = torch.cat([p.flatten() for p in recall.train(config, 1, profile, 1, 1)[0].parameters()]).detach()
+    before, after, average = weights.values()
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(average, 0.99 * before + 0.01 * after)
