@@ -130,7 +130,7 @@ def test_benchmarks_run(recall):
     found = recall.compare_peers(8, 1, compiled=False)
     assert {"this notebook", "this notebook, layers alone fused", "this notebook, scans alone fused", "recurrence of Section 2.1 in PyTorch"} <= set(found) and all(v > 0 for v in found.values())
     assert "this notebook" in recall.peers_table({8: found}).to_markdown()
-    assert set(recall.step_shares(8, 1).part) == {"scans, step sizes, gates", "convolutions", "matrix products", "rest"}
+    assert set(recall.step_shares(8, 1).part) == {"scans and step sizes", "convolutions", "matrix products", "rest"}
     grown = recall.growth("nope", [16, 32], 1)
     assert list(grown.length) == [16, 32] and (grown.seconds > 0).all()
     assert set(recall.model_steps(1)) == set(recall.RATES)
