@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,20 @@ def test_memory_of_a_long_sequence_grows_with_its_length(recall):
     if math.isnan(sizes[0]):
         pytest.skip("the system does not tell peak memory")
     assert sizes[1] < 2.5 * sizes[0] + 20 and sizes[1] < 500
+
+
+def test_sums_do_not_hang_on_where_arrays_lie(recall):
+    """The softmax of the loss has the same bits whether its two arrays lie side by side or far apart: a compiler may take another loop where they are close."""
+    step = recall.step_kernel(False, False, 4)
+    loss = dict(zip(step.py_func.__code__.co_freevars, step.py_func.__closure__))["cross_entropy"].cell_contents
+    memory = np.zeros(4096, np.float32)
+    for row in np.random.default_rng(0).standard_normal((100, 16)).astype(np.float32):
+        memory[:16] = row
+        found = set()
+        for start in (16, 20, 32, 48, 2000):
+            gradient = memory[start : start + 16].reshape(1, 16)
+            found.add((float(loss(memory[:16], 3, np.float32(1 / 64), gradient)), gradient.tobytes()))
+        assert len(found) == 1
 
 
 def test_benchmarks_run(recall):
