@@ -198,13 +198,13 @@ TEMPLATE = r"""
 """
 
 
-# Wide pages of six columns, so that the plumbing takes few of them and its lines stay whole.
-APPENDIX = """#set page(paper: "a1", flipped: true, columns: 6, margin: (x: 1cm, top: 0.9cm, bottom: 1.2cm), header: none)
+# Wide pages of seven columns, so that the plumbing takes few of them and its lines stay whole.
+APPENDIX = """#set page(paper: "a1", flipped: true, columns: 7, margin: (x: 1cm, top: 0.9cm, bottom: 1.2cm), header: none)
 #set columns(gutter: 0.4cm)
-#code-leading.update(0.36em)
+#code-leading.update(0.34em)
 #show heading.where(level: 3): set text(9pt)
 #show heading.where(level: 3): set block(above: 0.8em, below: 0.5em)
-#code-size.update(7pt)"""
+#code-size.update(6.1pt)"""
 
 
 PAGE_END, GAP = 841.9 - 38, 100  # points from the top of an A4 page to the end of its text; the largest blank area allowed
@@ -454,6 +454,10 @@ class ReportExporter(MarkdownExporter):
         body = re.sub(r"#link\(<([^>]+)>\)", lambda match: "#goto({})".format(
             _quote(re.sub(r"[^\w-]", "", match[1].lower()))), body)
         body = re.sub(r'(\w") (\\[(\[])', r"\1\2", body)  # no gap between \operatorname and (
+        # After a digit Typst would set an apostrophe as a prime; code is left as it is.
+        parts = body.split("```")
+        parts[::2] = [re.sub(r"(?<=\d)'(?=s\b)", "\N{RIGHT SINGLE QUOTATION MARK}", part) for part in parts[::2]]
+        body = "```".join(parts)
         # These symbols have new names in Typst: \odot is `dot.o`, formerly `dot.circle`.
         body = re.sub(r"\b(dot|times|minus|dash)\.circle\b", r"\1.o", body)
         title = resources["title"]
