@@ -27,6 +27,18 @@ from export import ExportError, export, notebook_digest
 ROOT = Path(__file__).resolve().parent
 NOTEBOOK = "recall.ipynb"
 KERNEL_LOG = ROOT / ".build" / "kernel.log"
+# Ctrl-C, `kill`, a terminal that closes.
+INTERRUPTIONS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def end_like_ctrl_c():
+    """Let each of INTERRUPTIONS raise KeyboardInterrupt, so that workers end with their parent and none trains on unseen.
+
+    What is ignored stays ignored, as SIGHUP is below nohup.
+    """
+    for number in INTERRUPTIONS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def load_definitions(notebook, folder):
@@ -67,9 +79,9 @@ def execute(notebook, folder, log=os.devnull):
 def move(source, target):
     """Put every file of `source` under `target`, each in one step; figures that are no longer made go.
 
-    Ctrl-C has no effect meanwhile: notebook, figures and PDF in place are always of one run.
+    Ctrl-C and its like have no effect meanwhile: notebook, figures and PDF in place are always of one run.
     """
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in INTERRUPTIONS}
     try:
         for old in (target / "figures").glob("*"):
             if not (source / "figures" / old.name).exists():
@@ -79,7 +91,8 @@ def move(source, target):
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def make(profile):
@@ -159,6 +172,7 @@ if __name__ == "__main__":
         sys.exit()
     elif sys.argv[1:]:
         sys.exit("usage: [PROFILE=full|quick|smoke] python report.py [--check | --bench]")
+    end_like_ctrl_c()
     try:
         make(os.environ.get("PROFILE", "full"))
     except ExportError as error:

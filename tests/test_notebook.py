@@ -101,14 +101,14 @@ def make_report(tmp_path, start):
     return lambda profile: start("report.py", PROFILE=profile, RECALL_STORE=".runs")
 
 
-def interrupted(process, folder, sign, later=0):
-    """What a process says that gets Ctrl-C `later` seconds after a file named like `sign` has come."""
+def interrupted(process, folder, sign, later=0, end=lambda process: os.killpg(process.pid, signal.SIGINT)):
+    """What a process says that gets Ctrl-C, or what `end` sends, `later` seconds after a file named like `sign` has come."""
     deadline = time.monotonic() + 120
     while not list(folder.glob(sign)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     time.sleep(later)
-    os.killpg(process.pid, signal.SIGINT)
+    end(process)
     return process.communicate(timeout=60)[0]
 
 
@@ -124,6 +124,22 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path, make_report):
     said = interrupted(process, tmp_path, ".runs/definitions_*.py", later=5)  # written right before the pool starts
     assert process.returncode == 1 and "goes on from here" in said and "Traceback" not in said
     assert contents(tmp_path) == before and not list(tmp_path.glob(".runs/part-*"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_workers_end_with_a_report_that_is_killed(tmp_path, make_report, name):
+    """A signal to `make report` alone, as from `kill` or a closing terminal: answered like Ctrl-C, and no worker trains on."""
+    process = make_report("smoke")
+    said = interrupted(process, tmp_path, ".runs/definitions_*.py", 5, lambda process: process.send_signal(getattr(signal, name)))
+    assert process.returncode == 1 and "goes on from here" in said and "Traceback" not in said
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)  # as long as one of the group is there
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    pytest.fail("a process of the run is still there")
 
 
 def test_ctrl_c_in_a_cell_stops_without_a_traceback(tmp_path, start):
