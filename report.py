@@ -114,6 +114,8 @@ def make(profile):
     notebook = execute(stage / NOTEBOOK, stage, KERNEL_LOG)
     executed = time.perf_counter()
     export(notebook, stage / "report.pdf")
+    if failed := failures(nbformat.read(notebook, as_version=4)):
+        sys.exit("\n".join(failed) + f"\nNothing in place was touched; this run's notebook, figures and report.pdf are in {stage}")
     target = ROOT if profile == "full" else ROOT / profile
     move(stage, target)
     minutes = lambda seconds: f"{seconds / 60:6.1f} min"
@@ -123,6 +125,11 @@ def make(profile):
     print(f"notebook                   {minutes(executed - trained)}")
     print(f"PDF                        {minutes(time.perf_counter() - executed)}")
     print(f"written: {target / NOTEBOOK}, {target / 'figures'}, {target / 'report.pdf'}")
+
+
+def failures(book):
+    """What cells said that raised and were passed over, as the check of the claims is, so that the rest of the report is made."""
+    return [output.evalue for cell in book.cells for output in cell.get("outputs", []) if output.output_type == "error"]
 
 
 def provenance(book):

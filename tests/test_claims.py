@@ -31,7 +31,7 @@ def test_claims_hold_in_the_committed_tables(recall, tables):
     (lambda a, c, m: a.loc[(a.problem == "P1a") & (a.model == "mamba") & (a.length == 64), "correct"].index, "P1a: Mamba at L"),
     (lambda a, c, m: a.loc[(a.problem == "P3a") & (a.M == 8) & (a.length == 64), "correct"].index, "P3a: M = 8, at L")])
 def test_a_doctored_accuracy_breaks_its_claim(recall, tables, doctor, named):
-    """Accuracy halved where a claim rests on it: the claim is reported by name, and raising it stops the notebook."""
+    """Accuracy halved where a claim rests on it: the claim is reported by name, and `hold` raises."""
     accuracy = tables[0].copy()
     accuracy.loc[doctor(*tables), "correct"] //= 2
     checked = recall.check_claims(accuracy, *tables[1:])

@@ -11,6 +11,7 @@ import warnings
 import nbformat
 import pytest
 from conftest import ROOT
+from nbclient.exceptions import CellExecutionError
 from pypdf import PdfReader
 
 
@@ -150,6 +151,31 @@ def test_ctrl_c_in_a_cell_stops_without_a_traceback(tmp_path, start):
     code = "import pathlib, report\ntry: report.execute('recall.ipynb', pathlib.Path('.'))\nexcept KeyboardInterrupt: print('interrupted')"
     assert interrupted(start("-c", code, PYTHONPATH=str(ROOT)), tmp_path, "started") == "interrupted\n"
     assert (tmp_path / "recall.ipynb").read_bytes() == before
+
+
+def test_claims_that_fail_leave_a_report_to_read(tmp_path):
+    """A cell that may raise stops neither the run nor the PDF, which says what it said; any other does."""
+    import export
+    import report
+    cells = [nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell("assert False, 'claims that do not hold: 2 < 1'"), nbformat.v4.new_code_cell("print('and on')")]
+    cells[1].metadata.tags = ["raises-exception"]
+    (tmp_path / "run").mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "recall.ipynb")
+    path = report.execute(tmp_path / "recall.ipynb", tmp_path / "run")
+    assert report.failures(nbformat.read(path, as_version=4)) == ["claims that do not hold: 2 < 1"]
+    export.export(path, tmp_path / "report.pdf")
+    text = PdfReader(tmp_path / "report.pdf").pages[0].extract_text()
+    assert "claims that do not hold: 2 < 1" in text and "and on" in text
+    del cells[1].metadata["tags"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "recall.ipynb")
+    with pytest.raises(CellExecutionError):
+        report.execute(tmp_path / "recall.ipynb", tmp_path / "run")
+
+
+def test_the_check_of_the_claims_may_raise(book):
+    """The cell that raises where a claim does not hold is the one that a run passes over."""
+    passed = [c.source for c in book.cells if "raises-exception" in c.metadata.get("tags", [])]
+    assert len(passed) == 1 and "hold(checked)" in passed[0]
 
 
 def test_an_unknown_profile_is_refused_at_once(tmp_path, make_report):
