@@ -1,9 +1,11 @@
 """The store of finished runs, its keys, and the rule that ends a run."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
+from conftest import ROOT
 
 
 def test_hash_counts_code_not_comments(recall):
@@ -52,6 +54,19 @@ def test_broken_entry_is_reported(recall, tmp_path, capsys):
     path.write_bytes(b"not a run")
     assert recall.load_entry(path) is None and "run.pt could not be read" in capsys.readouterr().out
     assert (tmp_path / "run.broken").read_bytes() == b"not a run" and recall.load_entry(path) is None
+
+
+def test_kept_runs_can_be_used(recall):
+    """Every run that is committed can be read and is what its name says; one of former code, which nothing would use, is told."""
+    profile, code = recall.PROFILES["full"], recall.code_hash(recall.definitions(), "run_and_store")
+    wanted = {recall.entry_path(config, seed, profile, code).name: (config, seed) for config, seed in recall.jobs(profile)}
+    for path in sorted((ROOT / "runs").glob("*.pt")):
+        kept = recall.load_entry(path)
+        config, seed = wanted.get(path.name, (None, None))
+        if config is None:
+            warnings.warn(f"{path.name}: of former code or of no configuration")
+        else:
+            assert dataclasses.asdict(config) | {"problem": kept["config"]["problem"]} == kept["config"] and seed == kept["seed"], path.name
 
 
 def test_entries_differ_by_all_that_decides(recall):
