@@ -167,17 +167,26 @@ def test_with_row_moves_one_row(recall):
     assert all(torch.equal(a, b) for a, b in zip(recall.with_row(mamba, 20, 64).parameters(), mamba.parameters()))
 
 
-def test_a_disguise_reaches_the_head(recall, net):
-    """The vector is added to the stream after layer 1 at the last place and nowhere else: the answers are those of layer 2 and the head on that stream."""
-    placed, shift = recall.disguised(net, 1, 1, 20, 64)
+@pytest.mark.parametrize("layer", (0, 1))
+def test_a_disguise_reaches_the_head(recall, net, layer):
+    """The vector is added to the stream after its layer at the last place and nowhere else: the answers are those of what follows on that stream."""
+    placed, vectors = recall.disguised(net, 1, 1, 20, 64)
+    shift = 10 * vectors[layer] / vectors[layer].norm()  # far enough to change answers of an untrained model
     tokens, _ = recall.sample_batch(200, 20, 16, 1, 1, torch.Generator().manual_seed(3))
     with torch.no_grad():
-        x = recall.layer_inputs(placed, tokens, 1)
-        x[:, -1] += 100 * shift
-        end = x[:, -1] + placed.mixers[1](placed.norms[1](x))[:, -1]
+        x = recall.layer_inputs(placed, tokens, layer + 1)
+        x[:, -1] += shift
+        end = x[:, -1] if layer else x[:, -1] + placed.mixers[1](placed.norms[1](x))[:, -1]
         want = placed.head(placed.norms[2](end)).argmax(1)
-    got = recall.answers(placed, tokens, shift=100 * shift)
+    got = recall.answers(placed, tokens, shift=shift, shifted=layer)
     assert torch.equal(got, want) and not torch.equal(got, recall.answers(placed, tokens))
+
+
+def test_a_disguise_moves_the_mean(recall, net):
+    """With a layer's vector its mean output at the last place of short sequences is that of 64 tokens."""
+    placed, vectors = recall.disguised(net, 1, 1, 20, 64)
+    short, long = recall.mean_outputs(placed, 1, 1, 20), recall.mean_outputs(net, 1, 1, 64)
+    assert torch.allclose(short + vectors, long, atol=1e-5) and (vectors.norm(dim=1) > 1e-3).all()
 
 
 def test_query_places(recall, generator):

@@ -1,6 +1,9 @@
 """The whole training step in one kernel, and the benchmarks."""
 
+import collections
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -149,6 +152,23 @@ def test_benchmarks_run(recall):
     grown = recall.growth("nope", [16, 32], 1)
     assert list(grown.length) == [16, 32] and (grown.seconds > 0).all()
     assert set(recall.model_steps(1)) == set(recall.RATES)
+    assert all(seconds > 0 for seconds in recall.by_threads(8, 1))
+
+
+def test_what_others_took_is_told(recall, monkeypatch):
+    """Of ten busy seconds of the machine, less what this process and its children had."""
+    Spent = collections.namedtuple("Spent", "user system idle")
+
+    def percent(call):
+        turns = iter((Spent(0, 0, 0), Spent(10, 0, 10)))
+        monkeypatch.setattr(recall.psutil, "cpu_times", lambda: next(turns))
+        with recall.watching_others() as others:
+            call()
+        return others["percent"]
+
+    burn = "import time\nwhile time.process_time() < 2: pass"
+    assert 45 < percent(lambda: None) <= 50
+    assert percent(lambda: subprocess.run([sys.executable, "-c", burn], check=True)) < 42
 
 
 @pytest.mark.parametrize("part", ["LayerMamba", "ScanMamba", "ReferenceMamba"])

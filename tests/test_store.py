@@ -1,8 +1,13 @@
 """The store of finished runs, its keys, and the rule that ends a run."""
 
 import dataclasses
+import subprocess
+import sys
+import time
 import warnings
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -40,12 +45,40 @@ def test_a_run_is_trained_once_and_the_same_in_every_store(recall, tmp_path, mon
         assert results[0][key] == results[1][key]
     assert all(torch.equal(p, results[1]["weights"][k]) for k, p in results[0]["weights"].items())
     entry, = (tmp_path / "b").glob("*.pt")
+    assert results[1]["processor"] == recall.processor() == recall.signatures()[entry.name]
     before = entry.stat().st_mtime_ns
     renamed = recall.run_all([(dataclasses.replace(job[0], problem="P2c"), 0)], profile, workers=1)[0]
     assert entry.stat().st_mtime_ns == before and renamed["config"]["problem"] == "P2c"
     entry.write_bytes(entry.read_bytes()[:1000])
     again = recall.run_all([job], profile, workers=1)[0]
     assert again["curve"] == results[0]["curve"] and entry.exists() and entry.with_suffix(".broken").stat().st_size == 1000
+
+
+def test_a_run_without_a_signature_is_of_an_unknown_processor(recall, tmp_path, monkeypatch):
+    """Runs that came without `processors.tsv` are used, and not said to be of this machine."""
+    monkeypatch.setattr(recall, "STORE", tmp_path)
+    job, profile = (recall.Config("P1a", "nope"), 0), recall.PROFILES["smoke"]
+    recall.run_all([job], profile, workers=1)
+    (tmp_path / "processors.tsv").unlink()
+    assert recall.run_all([job], profile, workers=1)[0]["processor"] == "unknown"
+
+
+def test_a_worker_ends_with_its_parent(recall):
+    """When the process that asked is gone, so is the worker, whatever it is doing."""
+    worker = "import os, sys, time; sys.path.insert(0, sys.argv[1]); import recall_definitions as r; r.end_with_parent(os.getppid(), 0.1); print(os.getpid(), flush=True); time.sleep(600)"
+    parent = f"import subprocess, sys; w = subprocess.Popen([sys.executable, '-c', {worker!r}, sys.argv[1]], stdout=subprocess.PIPE); print(w.stdout.readline().decode(), flush=True)"
+    said = subprocess.run([sys.executable, "-c", parent, str(Path(recall.__file__).parent)], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    def alive(pid):
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    deadline = time.monotonic() + 60
+    while alive(int(said)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_broken_entry_is_reported(recall, tmp_path, capsys):
