@@ -199,7 +199,7 @@ TEMPLATE = r"""
 
 
 # Wide pages of seven columns, so that the plumbing takes few of them and its lines stay whole.
-APPENDIX = """#set page(paper: "a1", flipped: true, columns: 7, margin: (x: 1cm, top: 0.9cm, bottom: 1.2cm), header: none)
+APPENDIX = """#set page(paper: "a1", flipped: true, columns: 7, margin: (x: 1cm, top: 0.8cm, bottom: 1cm), header: none)
 #set columns(gutter: 0.4cm)
 #code-leading.update(0.34em)
 #show heading.where(level: 3): set text(9pt)
