@@ -65,7 +65,7 @@ TEMPLATE = r"""
 #let report(title: "", running: "", authors: (), keywords: (), body) = {
   set document(title: title, author: authors, keywords: keywords, date: none)
   set page(
-    paper: "a4", margin: (x: 1.6cm, top: 1.45cm, bottom: 1.3cm), footer-descent: 35%,
+    paper: "a4", margin: (x: 1.5cm, top: 1.35cm, bottom: 1.2cm), footer-descent: 35%,
     header: context if counter(page).get().first() > 1 {
       set text(8.5pt, fill: grey, style: "italic")
       running
