@@ -65,7 +65,7 @@ TEMPLATE = r"""
 #let report(title: "", running: "", authors: (), keywords: (), body) = {
   set document(title: title, author: authors, keywords: keywords, date: none)
   set page(
-    paper: "a4", margin: (x: 1.6cm, top: 1.45cm, bottom: 1.3cm), footer-descent: 35%,
+    paper: "a4", margin: (x: 1.5cm, top: 1.35cm, bottom: 1.2cm), footer-descent: 35%,
     header: context if counter(page).get().first() > 1 {
       set text(8.5pt, fill: grey, style: "italic")
       running
@@ -199,7 +199,7 @@ TEMPLATE = r"""
 
 
 # Wide pages of seven columns, so that the plumbing takes few of them and its lines stay whole.
-APPENDIX = """#set page(paper: "a1", flipped: true, columns: 7, margin: (x: 1cm, top: 0.9cm, bottom: 1.2cm), header: none)
+APPENDIX = """#set page(paper: "a1", flipped: true, columns: 7, margin: (x: 1cm, top: 0.8cm, bottom: 1cm), header: none)
 #set columns(gutter: 0.4cm)
 #code-leading.update(0.34em)
 #show heading.where(level: 3): set text(9pt)

@@ -1,5 +1,6 @@
 """The tools that replace parts of a model: without a replacement they change nothing, with one they change what they say."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -196,3 +197,18 @@ def test_query_places(recall, generator):
     rows = torch.arange(500)
     assert torch.equal(tokens[rows, first], tokens[:, -1]) and torch.equal(tokens[rows, first + 3][differ], values[differ])
     assert torch.equal(differ, (tokens == tokens[:, -1:]).sum(1) == 2)
+
+
+def test_networks_that_fail_at_half_the_length_alone_are_counted(recall):
+    """The report's seeds and further ones, of the counted cases, at 32 tokens; as far as they recall at 64, a failure is one against the network's own accuracy there."""
+    def trials(kind, model, seed, length, **percent):
+        return [dict(measurement=kind + name.replace("_", " "), model=model, d=8, M=1, tau=1, length=length, seed=seed, percent=value) for name, value in percent.items()]
+
+    table = recall.counted(pd.DataFrame(
+        trials("clock ", "nope", 0, 32, untouched=5, at_64=92, repaired=88) + trials("clock ", "nope", 1, 32, untouched=86, at_64=90, repaired=90)
+        + trials("clock ", "nope", 2, 32, untouched=5, at_64=70, repaired=70)
+        + trials("clock ", "nope", 0, 192, untouched=1, at_64=70, repaired=1) + trials("clock ", "learned", 0, 32, untouched=5, at_64=99, repaired=99)
+        + trials("further clock ", "nope", 5, 32, untouched=5, at_64=99, repaired=30)))
+    assert list(table.index.get_level_values("seed")) == [0, 1, 5] and set(table.index.get_level_values("model")) == {"nope"}
+    low = recall.failing(table)
+    assert list(low.index.get_level_values("seed")) == [0, 5] and list(recall.mended(low, "repaired")) == [True, False]
