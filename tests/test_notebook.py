@@ -130,7 +130,9 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path, make_report):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_workers_end_with_a_report_that_is_killed(tmp_path, make_report, name):
     """A signal to `make report` alone, as from `kill` or a closing terminal: answered like Ctrl-C, and no worker trains on."""
+    here = signal.signal(getattr(signal, name), signal.SIG_DFL)  # a child ignores what is ignored here, as SIGHUP is below nohup
     process = make_report("smoke")
+    signal.signal(getattr(signal, name), here)
     said = interrupted(process, tmp_path, ".runs/definitions_*.py", 5, lambda process: process.send_signal(getattr(signal, name)))
     assert process.returncode == 1 and "goes on from here" in said and "Traceback" not in said
     deadline = time.monotonic() + 30
