@@ -201,7 +201,7 @@ TEMPLATE = r"""
 # Wide pages of seven columns, so that the plumbing takes few of them and its lines stay whole.
 APPENDIX = """#set page(paper: "a1", flipped: true, columns: 7, margin: (x: 1cm, top: 0.8cm, bottom: 1cm), header: none)
 #set columns(gutter: 0.4cm)
-#code-leading.update(0.34em)
+#code-leading.update(0.3em)
 #show heading.where(level: 3): set text(9pt)
 #show heading.where(level: 3): set block(above: 0.8em, below: 0.5em)
 #code-size.update(6.1pt)"""
