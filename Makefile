@@ -1,21 +1,26 @@
-# make report: environment, training, notebook, figures, report.pdf.  make test: the checks.  make bench: speed beside peers.
+# make report: environment, replay, notebook, figures, report.pdf (TRAIN=1 trains everything anew, SEEDS=n fewer seeds).  make test: the checks.
 PYTHON ?= python3
-PROFILE ?= full
 BIN := .venv/bin
 
-.PHONY: report test bench check-report clean
+.PHONY: report test test-all replay bench check-report clean
 
 report: .venv/report
-	PROFILE=$(PROFILE) $(BIN)/python report.py
+	$(BIN)/python -m lab.report
 
 test: .venv/test
+	$(BIN)/python -m pytest -q -m "not long" tests
+
+test-all: .venv/test
 	$(BIN)/python -m pytest -q tests
 
+replay: .venv/report
+	$(BIN)/python -m lab.report --replay
+
 bench: .venv/test
-	$(BIN)/python report.py --bench
+	$(BIN)/python -m lab.bench
 
 check-report: .venv/report
-	$(BIN)/python report.py --check
+	$(BIN)/python -m lab.report --check
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -30,4 +35,4 @@ check-report: .venv/report
 	touch $@
 
 clean:
-	rm -rf .venv .build quick smoke
+	rm -rf .venv .build trial

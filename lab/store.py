@@ -138,6 +138,17 @@ class Store:
         write(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
         return path
 
+    def sweep(self):
+        """Remove the part files that dead processes of this machine have left in the folder."""
+        for part in self.folder.glob(".part-*"):
+            number = int(part.name.split("-")[1])
+            try:
+                os.kill(number, 0)
+            except ProcessLookupError:
+                part.unlink(missing_ok=True)
+            except PermissionError:  # alive, another user's
+                pass
+
     def entries(self):
         """The paths of all runs, the newer folder's first, each key once."""
         paths = {path.name: path for folder in (*self.others[::-1], self.folder) for path in sorted(folder.glob("*.json")) if ".broken-" not in path.name}

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -139,3 +141,13 @@ def test_a_second_folder_is_read_and_never_written(kept, tmp_path):
     assert both.get(SETTING) is not None and not (tmp_path / "new").exists()
     both.put(SETTING | {"seed": 1}, {}, **DATA)
     assert len(both.entries()) == 2 and len(kept.entries()) == 1
+
+
+def test_parts_of_dead_processes_are_swept(kept):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mine, left = (kept.folder / f".part-{number}-x.json" for number in (os.getpid(), dead.pid))
+    mine.touch()
+    left.touch()
+    kept.sweep()
+    assert mine.exists() and not left.exists()

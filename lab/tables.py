@@ -1,0 +1,156 @@
+"""Numbers of finished runs as tidy tables, what the report reads off them, and the claims that hold its prose to them."""
+
+import functools
+import math
+
+import numpy as np
+import pandas as pd
+from IPython.display import display
+
+from lab import pool, store
+
+FOLDER = pool.figures()
+LETTERS = ("model", "K", "d", "M", "tau", "L")
+CHOICE = ("search", "check")  # groups that chose the settings: in a table of their own
+SHOWN = {"figure": [], "table": []}  # names of the outputs displayed so far, whose order gives their numbers
+
+
+def numbered(role, name, caption):
+    """(number, title) of a figure or table: its place in the order of first display, the same when it is displayed again."""
+    if name not in SHOWN[role]:
+        SHOWN[role].append(name)
+    number = 1 + SHOWN[role].index(name)
+    return number, f"**{role.capitalize()} {number}.** {caption}"
+
+
+def show_table(table, name, caption):
+    """Display a DataFrame, its cells as they are, as a Markdown table below its numbered caption."""
+    number, title = numbered("table", name, caption)
+    text = table.to_markdown(index=False, disable_numparse=True)
+    display({"text/markdown": title, "text/plain": title}, raw=True, metadata={"caption": True})
+    display({"text/markdown": text, "text/plain": text}, raw=True, metadata={"table": {"name": name, "number": number, "caption": caption}})
+
+
+def save(table, name):
+    """Write a table as figures/NAME.csv."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    store.write(FOLDER / f"{name}.csv", table.to_csv(index=False).encode())
+
+
+def tidy(runs):
+    """(accuracy, convergence) of {group: [run, ...]}, those of CHOICE left out: one row per evaluated point, `problem` is the group.
+
+    Runs of a group that differ in their rate alone have it in their problem, as in "rates 0.001".
+    """
+    accuracy, convergence = [], []
+    for group, members in runs.items():
+        if group in CHOICE:
+            continue
+        same = pd.Series([tuple(r["setting"][k] for k in (*LETTERS, "norm", "seed")) for r in members]).duplicated(keep=False)
+        for r, ambiguous in zip(members, same):
+            s = r["setting"]
+            row = {"problem": f"{group} {s['rate']:g}" if ambiguous else group} | {k: s[k] for k in LETTERS} | {"seed": s["seed"]}
+            accuracy += [row | {"length": length, "n": s["n"], "correct": correct} for length, correct in r["accuracy"]]
+            convergence += [row | {"step": step, "n": s["n"], "correct": correct} for step, correct in r["curve"]]
+    columns = ["problem", *LETTERS, "seed"]
+    return tuple(pd.DataFrame(rows, columns=[*columns, x, "n", "correct"]) for rows, x in ((accuracy, "length"), (convergence, "step")))
+
+
+def searched(runs):
+    """The runs of CHOICE, one row each: its setting, the steps trained, the steps to 90 % and the accuracy (%) of the test batch at the end."""
+    rows = []
+    for group in CHOICE:
+        for r in runs[group]:
+            s = r["setting"]
+            curve = pd.DataFrame(r["curve"], columns=["step", "correct"]).assign(n=s["n"], seed=s["seed"])
+            rows.append({"problem": group} | {k: s[k] for k in (*LETTERS, "norm", "rate", "seed")} | {
+                "steps": int(curve.step.iloc[-1]), "steps_to_90": steps_to(curve, 90)[s["seed"]], "percent": 100 * float(curve.correct.iloc[-1]) / s["n"]})
+    return pd.DataFrame(rows)
+
+
+def matching(table, **values):
+    """The rows of a table that have the given values in the columns of those names."""
+    return table[np.logical_and.reduce([table[name] == value for name, value in values.items()])] if values else table
+
+
+def select(table, **values):
+    """The same of a tidy table, with its accuracy in a column `percent`."""
+    return matching(table, **values).assign(percent=lambda t: 100 * t.correct / t.n)
+
+
+def by_seed(table, **values):
+    """Accuracy (%) by seed: a Series, from rows that the values narrow to one a seed. Raises ValueError where a seed has several."""
+    rows = select(table, **values)
+    if rows.seed.duplicated().any():
+        raise ValueError(f"{values}: several rows of a seed")
+    return rows.set_index("seed").percent.sort_index()
+
+
+def steps_to(convergence, level, **values):
+    """Per seed, the first step from which two evaluations in a row reach `level` %, or the last if that one does; inf where that never happens."""
+    first = {}
+    for seed, curve in select(convergence, **values).groupby("seed"):
+        good = curve.percent.to_numpy() >= level
+        both = good & np.append(good[1:], good[-1:])
+        first[seed] = float(curve.step.to_numpy()[both.argmax()]) if both.any() else math.inf
+    return pd.Series(first, dtype=float)
+
+
+def spread(values, digits=0):
+    """Seeds in a table's cell: their mean and, in brackets, the lowest and the highest, as "98 (91–100)"; a dash where there is none."""
+    if not len(values):
+        return "–"
+    shown = [f"{round(x, digits) + 0.0:,.{digits}f}".replace("-", "−") for x in (np.mean(values), np.min(values), np.max(values))]
+    return shown[0] + (f" ({shown[1]}–{shown[2]})" if shown[1] != shown[2] else "")
+
+
+@functools.cache
+def expected_most(balls, boxes):
+    """E[max of the counts] of balls thrown into equal boxes, exactly."""
+    below = mean = 0.0
+    for most in range(1, balls + 1):
+        box = np.array([1 / math.factorial(j) if j <= most else 0.0 for j in range(balls + 1)])
+        ways = functools.reduce(lambda a, b: np.convolve(a, b)[: balls + 1], [box] * boxes)[balls]
+        up_to = ways * math.exp(math.lgamma(balls + 1) - balls * math.log(boxes))  # P(max <= most)
+        mean, below = mean + most * (up_to - below), up_to
+        if below > 1 - 1e-12:
+            break
+    return mean
+
+
+def counting_baseline(lengths, K=16, distinct=False):
+    """The counting baseline (%): the best accuracy of a predictor that sees how often each token stands in a sequence, and its query, not the order.
+
+    With v != q the n - 2 tokens beside the two queries are exchangeable, so the value is k with probability c_k / (n - 2) and the best
+    guess is the most frequent. With v = q, one sequence in K, the query stands three times, which gives it away; `distinct` leaves these out.
+    """
+    guess = np.array([expected_most(n - 2, K - 1) / (n - 2) for n in lengths])
+    return 100 * (guess if distinct else 1 / K + (1 - 1 / K) * guess)
+
+
+def check(claims):
+    """A table of claims (text, value, bound): whether each holds.
+
+    The bound of a number in the prose, whose text is quoted as it is written there, is what it rounds to, "= 60 ± 5" or "= 9";
+    that of a finding is what would refute it, ">= 90" or "<= 5". A value that is no number holds nothing.
+    """
+    rows = []
+    for text, value, bound in claims:
+        sign, level, *width = bound.replace("±", "").split()
+        value, level, width = float(value), float(level), float(width[0]) if width else 0.0
+        holds = {"=": abs(value - level) <= width + 1e-9, ">=": value >= level, "<=": value <= level}[sign]
+        rows.append({"claim": text, "measured": value, "bound": bound, "holds": bool(holds)})
+    return pd.DataFrame(rows, columns=["claim", "measured", "bound", "holds"])
+
+
+def hold(checked):
+    """Raise AssertionError that names the claims of `check` which do not hold."""
+    failed = checked[~checked.holds]
+    if len(failed):
+        raise AssertionError("claims that do not hold: " + "; ".join(f"{r.claim} (measured {r.measured:.4g}, bound {r.bound})" for r in failed.itertuples()))
+
+
+def unsaid(claims, prose):
+    """The quotations among the claims (those of numbers in the prose) that do not stand in it, spaces and line ends apart."""
+    flat = " ".join(prose.split())
+    return [text for text, _, bound in claims if bound.startswith("=") and " ".join(text.split()) not in flat]

@@ -1,0 +1,196 @@
+"""The report: the notebook as committed, and what `make report` does on a copy of the tree."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from lab import report
+from lab.pdf import export
+from nbclient.exceptions import CellExecutionError
+from pypdf import PdfReader
+
+ROOT = report.ROOT
+
+
+@pytest.fixture(scope="module")
+def book():
+    return nbformat.read(ROOT / "recall.ipynb", as_version=4)
+
+
+def code_cells(book):
+    return [c for c in book.cells if c.cell_type == "code"]
+
+
+def test_a_cell_fits_on_a_screen(book):
+    """At most 900 lines of code, no cell over 40."""
+    lines = [len(c.source.splitlines()) for c in code_cells(book)]
+    assert sum(lines) <= 900 and max(lines) <= 40
+
+
+def test_the_committed_notebook_is_one_clean_run(book):
+    """Execution counts 1, 2, 3, ... in order, no error, no stderr text, no widget."""
+    cells = code_cells(book)
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    outputs = [o for c in cells for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr" or "widget" in str(o.get("data", {}).keys())]
+
+
+def test_every_question_has_its_heading(book):
+    """P1a to P3b each stand in a heading."""
+    headings = [line for c in book.cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("#")]
+    for question in ("P1a", "P1b", "P1c", "P2a", "P2b", "P2c", "P3a", "P3b"):
+        assert any(question in line for line in headings), question
+
+
+def test_the_committed_report_is_not_stale():
+    """Outputs, figures and PDF belong to the committed code, the tables to the runs."""
+    assert report.stale() == []
+
+
+def test_a_stale_report_is_told(tmp_path):
+    """A changed definition, figure, output or row of a table: each is a reason."""
+    for name in ("recall.ipynb", "report.pdf"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in ("figures", "lab", "cpu_mamba"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    assert report.stale(tmp_path) == []
+    copy = nbformat.read(tmp_path / "recall.ipynb", as_version=4)
+    next(c for c in copy.cells if "def vocabulary" in c.source).source += "\nEXTRA = 1"
+    nbformat.write(copy, tmp_path / "recall.ipynb")
+    (tmp_path / "figures" / "p1a.pdf").write_bytes(b"another")
+    table = tmp_path / "figures" / "accuracy.csv"
+    table.write_text(table.read_text().replace(",1000,", ",1000,0", 1))
+    found = " ".join(report.stale(tmp_path))
+    for reason in ("figures and outputs: made by code", "figures/p1a.pdf is not the file", "figures/accuracy.csv is not the file", "report.pdf: not of the present code",
+                   "report.pdf: not of the present notebook", "figures/accuracy.csv: "):
+        assert reason in found
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(*arguments, **variables): Python in `tmp_path`, in a process group of its own, which ends with the test."""
+    started = []
+
+    def start(*arguments, **variables):
+        started.append(subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, env=os.environ | variables, text=True, start_new_session=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        return started[-1]
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def make_report(tmp_path, start):
+    """What `make report` does, in `tmp_path` on a copy of what it runs and of what it would replace."""
+    for name in ("recall.ipynb", "report.pdf"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in ("figures", "lab", "cpu_mamba"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return lambda **variables: start("-m", "lab.report", PROFILE="smoke", **variables)
+
+
+def contents(folder):
+    """Every file below a folder that is not the run's own, with its bytes."""
+    own = {".build", ".runs", "trial", "__pycache__"}
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not own & set(p.relative_to(folder).parts)}
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.long
+def test_the_whole_report_in_the_smoke_profile(tmp_path, make_report):
+    """Runs, notebook, figures and PDF from nothing, written to `trial/`; what is in place stays as it is. A second call reuses the runs."""
+    before, process = contents(tmp_path), make_report()
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    assert contents(tmp_path) == before and not list(tmp_path.rglob(".part-*"))
+    names = {p.name for p in (tmp_path / "trial" / "figures").iterdir()}
+    assert {"accuracy.csv", "convergence.csv", "mechanisms.csv", "provenance.json", "p1a.pdf", "p1a.png"} <= names
+    pdf = PdfReader(tmp_path / "trial" / "report.pdf")
+    assert len(pdf.pages) >= 5 and "Transformer or Mamba" in pdf.pages[0].extract_text()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupted_report_leaves_all_in_place(tmp_path, make_report, name):
+    """Ctrl-C, `kill`, a closing terminal while the workers train: one line, no file in place changed, no worker trains on."""
+    here = signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)  # a child ignores what is ignored here
+    before, process = contents(tmp_path), make_report()
+    signal.signal(getattr(signal, name), here)
+    until(lambda: list(tmp_path.glob(".runs/*.json")) or process.poll() is not None)
+    process.send_signal(getattr(signal, name))
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "goes on from here" in said and "Traceback" not in said
+    assert contents(tmp_path) == before and not list(tmp_path.glob(".runs/.part*"))
+
+    def gone():
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+    until(gone, 30)
+
+
+def test_a_second_report_is_told_who_makes_the_first(tmp_path, make_report):
+    first = make_report()
+    until((tmp_path / ".build" / "owner").exists)
+    second = make_report()
+    said = second.communicate(timeout=60)[0]
+    assert second.returncode == 1 and f"another report is being made here (process {first.pid} since" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("variables, said", [(dict(PROFILE="ful"), "PROFILE='ful': one of full, smoke"), (dict(RECALL_STORE=""), "name of a folder is needed"),
+                                             (dict(TRAIN="yes"), "TRAIN='yes'"), (dict(SEEDS="0"), "SEEDS='0'"), (dict(RECALL_STORE="recall.ipynb"), "this is a file")])
+def test_a_wrong_switch_is_one_line(tmp_path, make_report, start, variables, said):
+    """It names the switch, its value and what is allowed; nothing is written."""
+    before, process = contents(tmp_path), (make_report(**variables) if "PROFILE" not in variables else start("-m", "lab.report", **variables))
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and said in text and "Traceback" not in text
+    assert contents(tmp_path) == before
+
+
+def test_ctrl_c_in_a_cell_stops_without_a_traceback(tmp_path, start):
+    """Interrupted while the notebook runs: KeyboardInterrupt, which `make report` answers in one line, and the notebook as it was."""
+    cells = [nbformat.v4.new_code_cell("import time\nopen('started', 'w').close()\ntime.sleep(60)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "recall.ipynb")
+    before = (tmp_path / "recall.ipynb").read_bytes()
+    code = "import pathlib\nfrom lab import report\ntry: report.execute('recall.ipynb', pathlib.Path('.'))\nexcept KeyboardInterrupt: print('interrupted')"
+    process = start("-c", code, PYTHONPATH=str(ROOT))
+    until((tmp_path / "started").exists)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "interrupted\n" in process.communicate(timeout=60)[0]
+    assert (tmp_path / "recall.ipynb").read_bytes() == before
+
+
+def test_claims_that_fail_leave_a_report_to_read(tmp_path):
+    """A cell that may raise stops neither the run nor the PDF, which says what it said; any other does."""
+    cells = [nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell("assert False, 'claims that do not hold: 2 < 1'"), nbformat.v4.new_code_cell("print('and on')")]
+    cells[1].metadata.tags = ["raises-exception"]
+    (tmp_path / "run").mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "recall.ipynb")
+    path = report.execute(tmp_path / "recall.ipynb", tmp_path / "run")
+    assert report.failures(nbformat.read(path, as_version=4)) == ["claims that do not hold: 2 < 1"]
+    export(path, tmp_path / "report.pdf")
+    text = PdfReader(tmp_path / "report.pdf").pages[0].extract_text()
+    assert "claims that do not hold: 2 < 1" in text and "and on" in text
+    del cells[1].metadata["tags"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "recall.ipynb")
+    with pytest.raises(CellExecutionError):
+        report.execute(tmp_path / "recall.ipynb", tmp_path / "run")
+
+
+def test_the_check_of_the_claims_may_raise(book):
+    """One cell alone is passed over where it raises: the check of the claims."""
+    passed = [c.source for c in book.cells if "raises-exception" in c.metadata.get("tags", [])]
+    assert len(passed) == 1 and "claims" in passed[0]
