@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .dense import LANES, outer, padded, product, room, transposed, view, wide
+from .dense import LANES, outer, padded, product, put, room, transposed, view, wide
 from .lanes import LOG2E, ONE, ZERO, WidthValue, fill, lane_exp2, lane_max, lane_sum, lane_top, load, size_of, store
 from .parts import maker, part
 
@@ -216,5 +216,5 @@ def attention_close(layer, flat, norm):
     """Write the gradients where the parameters stand."""
     plan = layer.plan
     d = plan.heads * size_of(plan.E)
-    view(flat, plan.qkv, 3 * d, d)[:] = layer.gradients.qkv[: 3 * d, :d]
-    view(flat, plan.out, d, d)[:] = layer.gradients.out[:d, :d]
+    put(layer.gradients.qkv, 3 * d, d, view(flat, plan.qkv, 3 * d, d))
+    put(layer.gradients.out, d, d, view(flat, plan.out, d, d))

@@ -42,27 +42,34 @@ def view(flat, at, rows, columns):
     return flat[at : at + rows * columns].reshape(rows, columns)
 
 
+@part
+def put(source, rows, columns, target):
+    """target[:rows, :columns] = source[:rows, :columns]. As loops: for an assignment of arrays Numba compiles the words of its error messages too."""
+    for r in range(rows):
+        for c in range(columns):
+            target[r, c] = source[r, c]
+
+
 @maker
 def row(flat, at, n):
     """A copy of flat[at : at + n] as a matrix of one row with zeros behind; all zeros where there is no such parameter."""
-    out = np.zeros((1, wide(n)), np.float32)
-    if at >= 0:
-        out[0, :n] = flat[at : at + n]
+    out, source = np.zeros((1, wide(n)), np.float32), view(flat, at, 1, n)
+    put(source, len(source), n, out)
     return out
 
 
 @maker
 def set_row(flat, at, values, n):
     """The converse: flat[at : at + n] = the first n of values (1, at least n), where there is such a parameter."""
-    if at >= 0:
-        flat[at : at + n] = values[0, :n]
+    target = view(flat, at, 1, n)
+    put(values, len(target), n, target)
 
 
 @maker
 def padded(weight, first, last):
     """Rows first .. last - 1 of a weight with zeros behind each."""
     out = np.zeros((last - first, wide(weight.shape[1])), np.float32)
-    out[:, : weight.shape[1]] = weight[first:last]
+    put(weight[first:], last - first, weight.shape[1], out)
     return out
 
 
@@ -70,7 +77,7 @@ def padded(weight, first, last):
 def transposed(weight, first, last):
     """The same, transposed."""
     out = np.zeros((weight.shape[1], wide(last - first)), np.float32)
-    out[:, : last - first] = weight[first:last].T
+    put(weight[first:].T, weight.shape[1], last - first, out)
     return out
 
 

@@ -125,8 +125,8 @@ def causal_conv1d_update(x: torch.Tensor, conv_state: torch.Tensor, weight: torc
         raise ValueError(f'activation={activation!r}: None, "silu" or "swish" is needed')
     check_tensors(x=x, conv_state=conv_state, weight=weight)
     if x.dim() not in (2, 3) or weight.dim() != 2 or conv_state.dim() != 3 or not weight.shape[1] or conv_state.shape[2] < weight.shape[1] - 1:
-        raise ValueError(f"x of shape {tuple(x.shape)}, conv_state of shape {tuple(conv_state.shape)}, weight of shape {tuple(weight.shape)}: (batch, dim) or "
-                         "(batch, dim, length), (batch, dim, at least width - 1) and (dim, width), no width of 0, are needed")
+        raise ValueError(f"x of shape {tuple(x.shape)}, conv_state of shape {tuple(conv_state.shape)}, weight of shape {tuple(weight.shape)}: "
+                         "(batch, dim) or (batch, dim, length), (batch, dim, at least width - 1) and (dim, width) are needed, with a width of at least 1")
     batch, dim = x.shape[:2]
     check("x", x, dict(x=(x, tuple(x.shape)), conv_state=(conv_state, (batch, dim, conv_state.shape[2])), weight=(weight, (dim, weight.shape[1])),
                        bias=(bias, (dim,))))

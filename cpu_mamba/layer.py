@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .functions import fused_inner, selective_scan_fn
+from .generate import selective_state_update_ref, token_fits, token_step
 from .paths import FLOATS, fits, ready, untouched
 
 
 class Mamba(nn.Module):
     """The Mamba block (Mamba paper, Section 3.4), as `mamba_ssm.Mamba`: a state_dict moves either way.
 
-    Maps (batch, length, d_model) to the same; with last=True to (batch, 1, d_model), the output at the last position alone.
     Where `use_fast_path` is set and the submodules are as made here, all between in_proj and out_proj is one fused function, in float32.
     `layer_idx` is kept for those who count layers. Raises ValueError for a size that is not a positive integer and an unknown dt_init.
     """
@@ -57,9 +57,16 @@ class Mamba(nn.Module):
         with torch.no_grad():
             bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
 
-    def forward(self, x: torch.Tensor, last: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, inference_params=None, last: bool = False) -> torch.Tensor:
+        """(batch, length, d_model) to the same, or with last=True to (batch, 1, d_model).
+
+        `inference_params` as mamba_ssm's, with a dict `key_value_memory_dict` of states by layer_idx and an int `seqlen_offset`: at 0 the
+        states after x are kept there, later x is one token more. Raises ValueError for another shape and without a layer_idx for it.
+        """
         if x.dim() != 3 or x.shape[1] < 1:
             raise ValueError(f"x of shape {tuple(x.shape)}: (batch, length, d_model={self.d_model}), a length of at least 1, is needed")
+        if inference_params is not None:
+            return self.cached(x, inference_params, last)
         xz = self.in_proj(x)
         weights = self.fused_weights(xz)
         if weights is None:
@@ -108,11 +115,30 @@ class Mamba(nn.Module):
         """One token, (batch, 1, d_model), with both states brought up to date in place: (output (batch, 1, d_model), conv_state, ssm_state)."""
         if x.dim() != 3 or x.shape[1] != 1:
             raise ValueError(f"x of shape {tuple(x.shape)}: one token, (batch, 1, d_model={self.d_model}), is needed")
-        x, z = self.in_proj(x).transpose(1, 2).chunk(2, 1)  # (batch, d_inner, 1) each
-        conv_state.copy_(torch.cat((conv_state[..., 1:], x.to(conv_state.dtype)), -1))
-        u = F.silu(self.conv1d(conv_state.to(x.dtype))[..., self.d_conv - 1])  # (batch, d_inner)
+        if self.use_fast_path and token_fits(self, x, conv_state, ssm_state):
+            return token_step(self, x, conv_state, ssm_state), conv_state, ssm_state
+        x, z = self.in_proj(x)[:, 0].chunk(2, 1)  # (batch, d_inner) each
+        window = torch.cat((conv_state[..., 1:], x[..., None].to(conv_state.dtype)), -1)
+        conv_state.copy_(window)
+        u = F.silu(self.conv1d(window.to(x.dtype))[..., self.d_conv - 1])
         low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], 1)
-        delta, A = F.softplus(self.dt_proj(low)), self.A()
-        ssm_state.copy_(torch.exp(delta[..., None] * A) * ssm_state + (delta * u)[..., None] * B[:, None])
-        y = (ssm_state * C[:, None]).sum(-1) + self.D * u
-        return self.out_proj((y * F.silu(z[..., 0])).to(u.dtype))[:, None], conv_state, ssm_state
+        y = selective_state_update_ref(ssm_state, u, F.softplus(self.dt_proj(low)), self.A(), B, C, self.D, z)
+        return self.out_proj(y)[:, None], conv_state, ssm_state
+
+    def cached(self, x, inference_params, last):
+        """forward with `inference_params`."""
+        if self.layer_idx is None:
+            raise ValueError("layer_idx=None: with inference_params a number of the layer is needed, which Mamba takes when it is made")
+        states = inference_params.key_value_memory_dict
+        if self.layer_idx not in states:
+            states[self.layer_idx] = self.allocate_inference_cache(len(x))
+        conv_state, ssm_state = states[self.layer_idx]
+        if inference_params.seqlen_offset > 0:
+            return self.step(x, conv_state, ssm_state)[0]
+        xz = self.in_proj(x)
+        u, delta, A, B, C, z = self.scan_inputs(xz)
+        y, end = selective_scan_fn(u, delta, A, B, C, self.D, z, return_last_state=True)
+        conv_state.copy_(F.pad(xz[..., : self.d_inner].transpose(1, 2), (self.d_conv - x.shape[1], 0)))
+        ssm_state.copy_(end)
+        y = y.transpose(1, 2)
+        return self.out_proj(y[:, -1:] if last else y)

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import scan
 from .conv import conv, conv_backward
-from .dense import LANES, norm_backward, norm_forward, outer, padded, product, room, row, set_row, transposed, view, wide
+from .dense import LANES, norm_backward, norm_forward, outer, padded, product, put, room, row, set_row, transposed, view, wide
 from .lanes import LOG2E, ONE, ZERO, lane_sigmoid, lane_sum, load, size_of, store, width
 from .parts import maker, part
 
@@ -142,8 +142,8 @@ def weights_of(plan, flat):
     A = np.zeros((2, dim // size_of(LANES), states(plan), size_of(LANES)), np.float32)
     for c in range(dim):
         for n in range(N):
-            A[0, c // size_of(LANES), n, c % size_of(LANES)] = -np.exp(flat[plan.A_log + c * N + n])
-    A[1] = A[0] * LOG2E
+            a, block, lane = -np.exp(flat[plan.A_log + c * N + n]), c // size_of(LANES), c % size_of(LANES)
+            A[0, block, n, lane], A[1, block, n, lane] = a, a * LOG2E
     W_in, W_x, W_out = view(flat, plan.in_proj, 2 * dim, d), view(flat, plan.x_proj, R + 2 * N, dim), view(flat, plan.out_proj, d, dim)
     inner = scan.Weights(transposed(view(flat, plan.dt_proj, dim, R), 0, dim), row(flat, plan.dt_bias, dim), A[1], row(flat, plan.D, dim))
     return Weights(A[0], inner, transposed(view(flat, plan.conv_weight, dim, plan.width), 0, dim), row(flat, plan.conv_bias, dim),
@@ -157,8 +157,9 @@ def gradients_of(plan):
     d, dim = plan.d, plan.dim
     inner = scan.Gradients(np.zeros((plan.R + 1, dim), np.float32), np.zeros((dim // size_of(LANES), states(plan), size_of(LANES)), np.float32),
                            np.zeros((1, dim), np.float32))
-    return Gradients(inner, np.zeros((plan.width + 1, dim), np.float32), np.zeros((dim, wide(d)), np.float32), np.zeros((dim, wide(d)), np.float32),
-                     np.zeros((wide(columns(plan)), dim), np.float32), np.zeros((wide(plan.N), dim), np.float32), np.zeros((wide(d), dim), np.float32))
+    in_x, in_z = np.zeros((dim, wide(d)), np.float32), np.zeros((dim, wide(d)), np.float32)
+    low, C = np.zeros((wide(columns(plan)), dim), np.float32), np.zeros((wide(plan.N), dim), np.float32)
+    return Gradients(inner, np.zeros((plan.width + 1, dim), np.float32), in_x, in_z, low, C, np.zeros((wide(d), dim), np.float32))
 
 
 @maker
@@ -332,12 +333,13 @@ def mamba_close(layer, flat, norm):
             flat[plan.A_log + c * N + n] = g.scan.A[block, n, lane] * A[block, n, lane]
     set_row(flat, plan.D, g.scan.skip, dim)
     dW_in, dW_x = view(flat, plan.in_proj, 2 * dim, d), view(flat, plan.x_proj, R + 2 * N, dim)
-    dW_in[:dim], dW_in[dim:] = g.in_x[:, :d], g.in_z[:, :d]
-    view(flat, plan.conv_weight, dim, plan.width)[:] = g.conv[: plan.width].T
+    put(g.in_x, dim, d, dW_in)
+    put(g.in_z, dim, d, dW_in[dim:])
+    put(g.conv.T, dim, plan.width, view(flat, plan.conv_weight, dim, plan.width))
     set_row(flat, plan.conv_bias, g.conv[plan.width :], dim)
-    dW_x[:low] = g.low[:low]
+    put(g.low, low, dim, dW_x)
     if plan.last:
-        dW_x[low:] = g.C[:N]
-    view(flat, plan.dt_proj, dim, R)[:] = g.scan.W_dt[:R].T
+        put(g.C, N, dim, dW_x[low:])
+    put(g.scan.W_dt.T, dim, R, view(flat, plan.dt_proj, dim, R))
     set_row(flat, plan.dt_bias, g.scan.W_dt[R:], dim)
-    view(flat, plan.out_proj, d, dim)[:] = g.out[:d]
+    put(g.out, d, dim, view(flat, plan.out_proj, d, dim))

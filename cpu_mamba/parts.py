@@ -30,7 +30,7 @@ class WholeLibrary(JITCodeLibrary):
     def _optimize_final_module(self):
         for function in self._final_module.functions:
             if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
-                function.linkage = Linkage.internal
+                function.linkage = Linkage.private
         super()._optimize_final_module()
 
 

@@ -259,7 +259,8 @@ class FusedStep:
 
     def laid_out(self, length):
         """(plan, flat parameters) for the kernel, the layout made anew where a tensor is no longer where, or what, it was."""
-        state = [(p.data_ptr(), p.dtype, p.stride(), p.shape, p.requires_grad, p._backward_hooks) for p in (self.spec.embedding, *self.parameters)]
+        state = [(p.data_ptr(), p.dtype, p.stride(), p.shape, p.requires_grad, p._backward_hooks, p._post_accumulate_grad_hooks)
+                 for p in (self.spec.embedding, *self.parameters)]
         if state != self.state:
             if problem := misfit(self.spec):
                 raise ValueError(f"the model no longer fits the fused step: {problem}")

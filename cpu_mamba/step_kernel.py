@@ -9,8 +9,8 @@ import numpy as np
 from numba.extending import overload
 
 from .attention import AttentionLayer, AttentionPlan, attention_backward, attention_close, attention_forward, attention_open
-from .dense import (Norm, NormPlan, cross_entropy, norm_backward, norm_close, norm_forward, norm_open, outer, padded, product, room, row, set_row,
-                    transposed, view, wide)
+from .dense import (Norm, NormPlan, cross_entropy, norm_backward, norm_close, norm_forward, norm_open, outer, padded, product, put, room, row,
+                    set_row, transposed, view, wide)
 from .lanes import ONE, ZERO
 from .mamba_step import MambaLayer, MambaPlan, mamba_backward, mamba_close, mamba_forward, mamba_open
 from .parts import PART, maker, part, whole
@@ -165,7 +165,7 @@ def model_close(m, gradient, K, d):
     layer_close(m.upper, gradient, m.norms[1])
     for norm in m.norms:
         norm_close(norm, gradient)
-    view(gradient, m.plan.head, K, d)[:] = m.head.dweight[:K, :d]
+    put(m.head.dweight, K, d, view(gradient, m.plan.head, K, d))
     set_row(gradient, m.plan.head_bias, m.head.dbias, K)
 
 

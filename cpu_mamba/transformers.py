@@ -158,7 +158,7 @@ def whole_sequence(mixer, norms, old, hidden, cache, mask):
     return mixer.out_proj(y.transpose(1, 2))
 
 
-# Caches: tensors of each layer in `cache.layers` (from 5.5 on), or lists `conv_states`, `ssm_states` of all layers, with a flag (Jamba) or a position beside
+# Caches: tensors of each layer in `cache.layers` (newer), or lists `conv_states` and `ssm_states`, with a flag (Jamba) or a position beside
 
 def earlier_states(cache, mixer, batch, position):
     """(conv_state, ssm_state) after earlier tokens, () if there are none, None where that cannot be told."""

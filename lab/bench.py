@@ -80,8 +80,8 @@ def training_steps(names, d, rounds):
     return medians(calls | {name: step(layer, names.PlainStep) for name, layer in peers().items()}, rounds)
 
 
-def products(d, length, batch):
-    """The matrix products of a Mamba layer and their gradients alone: a layer without what lies between."""
+def projections(d):
+    """The matrix products of a Mamba layer alone, as a function of (batch, length, d): a layer without what lies between."""
     dim, low = 2 * d, math.ceil(d / 16) + 32
     linear = nn.ModuleList([nn.Linear(d, 2 * dim, bias=False), nn.Linear(dim, low, bias=False), nn.Linear(low - 32, dim), nn.Linear(dim, d, bias=False)])
 
@@ -89,7 +89,7 @@ def products(d, length, batch):
         xz = linear[0](x)
         u = xz[..., :dim]
         return linear[3](u + linear[2](linear[1](u)[..., : low - 32]))
-    return forward, linear
+    return forward
 
 
 def layer_times(d, length, batch, rounds, backward):
@@ -103,7 +103,7 @@ def layer_times(d, length, batch, rounds, backward):
                 if backward:
                     y.sum().backward()
         return run
-    calls = {"cpu_mamba": call(cpu_mamba.Mamba(d)), "matrix products alone": call(products(d, length, batch)[0])}
+    calls = {"cpu_mamba": call(cpu_mamba.Mamba(d)), "matrix products alone": call(projections(d))}
     return medians(calls | {name: call(layer(d)) for name, layer in peers().items()}, rounds)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lab.tables import by_seed, counting_baseline, matching, select, steps_to
+from lab.tables import by_seed, calibration, counting_baseline, matching, select, steps_to
 
 ATTENTION = ("learned", "rope", "nope")
 MODELS = (*ATTENTION, "mamba", "hybrid")
@@ -241,12 +241,10 @@ def on_memory(n):
     query, rope = (matching(n.mechanisms, measurement="by the query", d=8, tau=1, model=model, M=M) for model, M in (("mamba", 16), ("rope", 4)))
     known = (query.percent > 90).groupby(query.seed).sum()
     ages = matching(n.mechanisms, measurement="by age", model="mamba", d=8, tau=1).query("M > 1").groupby(["M", "place"]).percent.mean().unstack()
-    trials = n.mechanisms[n.mechanisms.measurement.str.startswith("calibration, ")].pivot(index=["model", "d", "M", "tau", "seed"], columns=["length", "measurement"], values="percent")
-    trial = lambda table, length, name: table[length, f"calibration, {name}"]
-    able = trials[trial(trials, 64, "as it is") >= 90]
-    own = trial(able, 64, "as it is")
-    failing = able[(trial(able, 32, "as it is") < 90) & (trial(able, 32, "as it is") < own - 5)]
-    back = lambda name: (trial(failing, 32, name) >= own.loc[failing.index] - 5).sum()
+    able, failing = calibration(n.mechanisms)
+    trial = lambda table, length, name: table[length, name]
+    own = able[64, "as it is"]
+    back = lambda name: (failing[32, name] >= own.loc[failing.index] - 5).sum()
     failed = lambda model, d: sum(which[:2] == (model, d) for which in failing.index)
     return [
         ("the five seeds answer between 3 and 7", known.min(), "= 3"),

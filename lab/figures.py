@@ -6,8 +6,8 @@ import io
 import matplotlib.pyplot as plt
 from IPython.display import display
 
-from lab import store
-from lab.tables import FOLDER, counting_baseline, numbered
+from lab import pool, store
+from lab.tables import counting_baseline, numbered
 
 LABELS = dict(learned="learned positions", rope="RoPE", nope="NoPE", mamba="Mamba", hybrid="hybrid")
 SHORT = LABELS | {"learned": "learned"}
@@ -35,11 +35,10 @@ def look(model, every=24):
 
 def show_figure(figure, name, caption):
     """Save a figure as figures/NAME.pdf and .png and display it with its numbered caption; numbers follow the order of first display."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
     for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix, metadata=metadata)
-        store.write(FOLDER / f"{name}.{suffix}", buffer.getvalue())
+        store.write(pool.figures() / f"{name}.{suffix}", buffer.getvalue())
     plt.close(figure)
     number, title = numbered("figure", name, caption)
     display({"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": caption}, raw=True, metadata={"figure": {"name": name, "number": number, "caption": caption}})

@@ -27,8 +27,8 @@ from lab.markdown import IMAGES, ExportError, Reader, document, pandoc, quote, s
 TEXTS = ("text/markdown", "text/latex", "application/json", "text/html", "text/plain")
 APPENDIX = """#set page(columns: 2, margin: (x: 1.2cm, top: 1.3cm, bottom: 1.4cm))
 #set columns(gutter: 0.4cm)
-#show raw.where(block: true): listing.with(5.7pt, gap: 0.33em, inset: (x: 1pt, y: 2pt))
-#show heading.where(level: 3): set text(7pt)
+#show raw.where(block: true): listing.with(5.6pt, gap: 0.3em, inset: (x: 1pt, y: 2pt))
+#show heading.where(level: 3): set text(6.5pt)
 #show heading.where(level: 3): set block(above: 0.7em, below: 0em)
 #heading(level: 2)[Appendix: plotting code]"""
 

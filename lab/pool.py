@@ -4,7 +4,7 @@ What is asked for comes from the environment, the same in a terminal and in Jupy
 
     TRAIN=          the finished runs of the repository; a missing one is an error that names it
     TRAIN=missing   train what is missing
-    TRAIN=1         train everything anew, in a store of its own
+    TRAIN=1         train everything anew, in a store of its own; what that has already is kept
     SEEDS=n         of the assignment's configurations only the first n seeds
     RECALL_STORE=   the folder where new runs are kept and looked for first (default .runs)
     DASK=           the address of a Dask scheduler, whose workers then train
@@ -83,8 +83,10 @@ class Plan:
 
 
 def figures():
-    """Where this process puts figures and tables: `figures/` here, but a trial in the checkout itself never touches the committed ones."""
-    return Path("trial/figures" if Path.cwd() == ROOT and Plan.of().trial else "figures")
+    """The folder for figures and tables: `figures/` here, but a trial in the checkout itself never touches the committed ones."""
+    folder = Path("trial/figures" if Path.cwd() == ROOT and Plan.of().trial else "figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def assigned(group):
@@ -105,7 +107,7 @@ def finished(experiments, run, plan=None, say=lambda text: print(text, file=sys.
     missing = {store.name(asdict(s)): (group, s) for group in asked for s, entry in zip(asked[group], found[group]) if entry is None}
     count = sum(map(len, found.values()))
     if not missing:
-        say(f"{count} finished runs reused; TRAIN=1 trains them anew.")
+        say(f"{count} finished runs reused; " + (f"remove {plan.folder} to train them again." if plan.train == "1" else "TRAIN=1 trains them anew."))
         return found
     if not plan.train and not plan.smoke:
         raise Missing(missing_text(missing, plan.store(False)))

@@ -172,8 +172,7 @@ def stale(root=ROOT):
         if f"{name}={digest}" not in keywords:
             reasons.append(f"report.pdf: not of the present {name}")
     names = definitions(root / NOTEBOOK)
-    runs = pool.finished(names.EXPERIMENTS, names.run, pool.Plan(), say=reasons.append)
-    reasons = [reason for reason in reasons if "finished runs reused" not in reason]
+    runs = pool.finished(names.EXPERIMENTS, names.run, pool.Plan(), say=lambda text: None)
     for name, table in zip(("accuracy", "convergence"), tables.tidy(runs)):
         there = pd.read_csv(root / "figures" / f"{name}.csv")
         if not there.equals(table):

@@ -9,7 +9,6 @@ from IPython.display import display
 
 from lab import pool, store
 
-FOLDER = pool.figures()
 LETTERS = ("model", "K", "d", "M", "tau", "L")
 CHOICE = ("search", "check")  # groups that chose the settings: in a table of their own
 SHOWN = {"figure": [], "table": []}  # names of the outputs displayed so far, whose order gives their numbers
@@ -33,8 +32,7 @@ def show_table(table, name, caption):
 
 def save(table, name):
     """Write a table as figures/NAME.csv."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    store.write(FOLDER / f"{name}.csv", table.to_csv(index=False).encode())
+    store.write(pool.figures() / f"{name}.csv", table.to_csv(index=False).encode())
 
 
 def tidy(runs):
@@ -126,6 +124,17 @@ def counting_baseline(lengths, K=16, distinct=False):
     """
     guess = np.array([expected_most(n - 2, K - 1) / (n - 2) for n in lengths])
     return 100 * (guess if distinct else 1 / K + (1 - 1 / K) * guess)
+
+
+def calibration(mechanisms):
+    """(trials, failing) of Section 7.4 as wide tables, a row for each network: accuracy (%) by (length, trial).
+
+    `trials` has the networks that recall at 64 tokens (90 % or more); `failing` those of them that have less than 90 % at 32, and over five points less.
+    """
+    rows = mechanisms[mechanisms.measurement.str.startswith("calibration, ")].assign(trial=lambda t: t.measurement.str.removeprefix("calibration, "))
+    trials = rows.pivot(index=["model", "d", "M", "tau", "seed"], columns=["length", "trial"], values="percent")
+    trials = trials[trials[64, "as it is"] >= 90]
+    return trials, trials[(trials[32, "as it is"] < 90) & (trials[32, "as it is"] < trials[64, "as it is"] - 5)]
 
 
 def check(claims):

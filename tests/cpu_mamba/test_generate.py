@@ -122,7 +122,8 @@ def test_tokens_equal_the_sequence(calls, batch, dim, N, absent):
     window, convolved = torch.zeros(batch, dim, 4), causal_conv1d_fn(x.double(), weight.double(), None, "silu")
     for t in range(12):
         z = a["z"][..., t] if "z" in a else None
-        y = selective_state_update(state, x[..., t], a["delta"][..., t], a["A"], a["B"][..., t], a["C"][..., t], a.get("D"), z, a.get("delta_bias"), True)
+        y = selective_state_update(state, x[..., t], a["delta"][..., t], a["A"], a["B"][..., t], a["C"][..., t], a.get("D"), z,
+                                   a.get("delta_bias"), True)
         assert relative(y, want[..., t]) < 1e-5
         assert (causal_conv1d_update(x[..., t], window, weight, None, "swish") - convolved[..., t]).abs().max() < 1e-5
     assert relative(state, last) < 1e-5 and len(calls) == 24
@@ -130,7 +131,8 @@ def test_tokens_equal_the_sequence(calls, batch, dim, N, absent):
 
 def update_inputs(batch=2, dim=16, N=16):
     r = torch.randn
-    return dict(state=r(batch, dim, N), x=r(batch, dim), dt=r(batch, dim), A=-torch.rand(dim, N) - 1, B=r(batch, N), C=r(batch, N), D=r(dim), z=r(batch, dim), dt_bias=r(dim))
+    return dict(state=r(batch, dim, N), x=r(batch, dim), dt=r(batch, dim), A=-torch.rand(dim, N) - 1, B=r(batch, N), C=r(batch, N), D=r(dim),
+                z=r(batch, dim), dt_bias=r(dim))
 
 
 def both(arguments, **options):
@@ -212,8 +214,9 @@ def test_threads_do_not_change_the_result(monkeypatch):
 @pytest.mark.parametrize("change, error, words", [
     (dict(x=torch.zeros(2, 8)), ValueError, r"x of shape \(2, 8\): \(2, 16\) is needed"), (dict(A=torch.zeros(16, 4)), ValueError, "A of shape"),
     (dict(B=torch.zeros(2, 3, 16)), ValueError, r"B of shape \(2, 3, 16\)"), (dict(state=torch.zeros(2, 16)), ValueError, "state of shape"),
-    (dict(A=torch.zeros(16, 16).cfloat()), TypeError, "A of dtype torch.complex64"), (dict(C=torch.zeros(2, 16).int()), TypeError, "C of dtype torch.int32"),
-    (dict(dt=None), TypeError, "dt of type NoneType"), (dict(dt_bias=torch.zeros(16, device="meta")), ValueError, "dt_bias on meta")])
+    (dict(A=torch.zeros(16, 16).cfloat()), TypeError, "A of dtype torch.complex64"),
+    (dict(C=torch.zeros(2, 16).int()), TypeError, "C of dtype torch.int32"), (dict(dt=None), TypeError, "dt of type NoneType"),
+    (dict(dt_bias=torch.zeros(16, device="meta")), ValueError, "dt_bias on meta")])
 def test_arguments_of_the_state_update(change, error, words):
     with pytest.raises(error, match=words):
         selective_state_update(**update_inputs() | change)
@@ -234,7 +237,8 @@ def tokens_of(layer, x, states):
     return torch.cat([layer.step(x[:, t : t + 1], *states)[0] for t in range(x.shape[1])], 1)
 
 
-@pytest.mark.parametrize("batch, options", [(1, {}), (3, dict(d_state=5, d_conv=3)), (2, dict(bias=True, conv_bias=False, dt_rank=3)), (2, dict(d_conv=2, d_state=1))])
+@pytest.mark.parametrize("batch, options", [
+    (1, {}), (3, dict(d_state=5, d_conv=3)), (2, dict(bias=True, conv_bias=False, dt_rank=3)), (2, dict(d_conv=2, d_state=1))])
 def test_steps_equal_the_layer(calls, batch, options):
     """Token after token through `step` is the layer on the whole sequence, by the kernels."""
     layer, x = Mamba(24, **options), torch.randn(batch, 9, 24)
@@ -284,8 +288,9 @@ def test_references_stand_for_the_operators():
     """The references take what the operators take."""
     arguments = update_inputs()
     (out, state), _ = both(arguments, dt_softplus=True)
-    assert torch.allclose(selective_state_update_ref(**arguments, dt_softplus=True), out, atol=1e-4) and torch.allclose(arguments["state"], state, atol=1e-5)
+    assert torch.allclose(selective_state_update_ref(**arguments, dt_softplus=True), out, atol=1e-4)
+    assert torch.allclose(arguments["state"], state, atol=1e-5)
     x, first, weight, bias = torch.randn(2, 16), torch.randn(2, 16, 4), torch.randn(16, 4), torch.randn(16)
     second = first.clone()
-    assert torch.allclose(causal_conv1d_update(x, first, weight, bias, "silu"), causal_conv1d_update_ref(x, second, weight, bias, "silu"), atol=1e-5)
-    assert torch.equal(first, second)
+    got, want = causal_conv1d_update(x, first, weight, bias, "silu"), causal_conv1d_update_ref(x, second, weight, bias, "silu")
+    assert torch.allclose(got, want, atol=1e-5) and torch.equal(first, second)

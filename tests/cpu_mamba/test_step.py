@@ -333,6 +333,10 @@ def test_parameters_moved_or_changed_after_building():
             step(*given)
         back(spec.head_weight)
         step(*given)
+    hook = spec.head_bias.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="no longer fits.*head_bias"):
+        step(*given)
+    hook.remove()
 
 
 def test_gradient_modes():

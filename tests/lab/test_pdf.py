@@ -20,6 +20,7 @@ from pypdf import PdfReader
 from lab.pdf import ExportError, export, notebook_digest
 
 BOOK = Path(__file__).with_name("exporter.ipynb")
+TEXT, MARGIN = 17.4 / 2.54 * 72, 1.8 / 2.54 * 72  # points
 
 
 def png(width, height):
@@ -148,8 +149,7 @@ def test_what_cannot_be_set_is_named_in_place_and_in_a_warning(report):
 def test_images_have_their_natural_size(report):
     """96 pixels to the inch, finer where file or notebook say so; at most as wide as the text and 20 cm high; attachments are the cell's own."""
     found = images(report[0])
-    text = 17 / 2.54 * 72
-    expected = {(20, 20): (15, 15), (30, 3000): (5.67, 566.9), (3000, 40): (text, text / 75), (144, 72): (72, 36), (200, 30): (75, 11.25),
+    expected = {(20, 20): (15, 15), (30, 3000): (5.67, 566.9), (3000, 40): (TEXT, TEXT / 75), (144, 72): (72, 36), (200, 30): (75, 11.25),
                 (40, 30): (30, 22.5), (24, 24): (18, 18), (320, 100): (240, 75)}
     for pixels, points in expected.items():
         assert found[pixels] == pytest.approx(points, rel=0.01), pixels
@@ -159,7 +159,7 @@ def test_images_have_their_natural_size(report):
 def test_image_widths_in_html(tmp_path):
     """`width` in pixels and in per cent, in an attribute or a style; never wider than the text."""
     furnish(tmp_path)
-    for tag, width in (('width="120"', 90), ('width="50%"', 240.9), ('style="border: 0; width: 60px"', 45), ('width="5000"', 481.9), ("", 180)):
+    for tag, width in (('width="120"', 90), ('width="50%"', TEXT / 2), ('style="border: 0; width: 60px"', 45), ('width="5000"', TEXT), ("", 180)):
         exported(tmp_path, new_markdown_cell(f'<img src="figures/plain.png" {tag}>'))
         assert images(tmp_path / "book.pdf")[240, 80][0] == pytest.approx(width, rel=0.01), tag
 
@@ -224,7 +224,7 @@ def test_wide_content_stays_on_the_page(tmp_path):
     page, at = PdfReader(tmp_path / "book.pdf").pages[0], []
     page.extract_text(visitor_text=lambda text, cm, tm, font, size: at.append(cm[4] + cm[0] * tm[4]) if text.strip() else None)
     lines = page.extract_text(extraction_mode="layout").splitlines()
-    assert 54 <= min(at) and max(at) <= 541
+    assert MARGIN - 2 <= min(at) and max(at) <= MARGIN + TEXT + 2
     assert sum("yy" in line for line in lines) == 4 and sum("zz" in line for line in lines) >= 3
 
 

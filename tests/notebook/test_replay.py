@@ -82,7 +82,7 @@ CODE = {  # they are in no setting: only behaviour tells
     "the sampler": ("opening", [("draw(length - tau - 1, n)", "draw(length - tau - 2, n)")]),
     "the order of draws": ("opening", [("q, v, i = draw(M, n), draw(K, n), draw(length - tau - 1, n)", "v, q, i = draw(K, n), draw(M, n), draw(length - tau - 1, n)")]),
     "an initialisation": ("opening", [("torch.randn(positions, d) / math.sqrt(d)", "torch.randn(positions, d) / d")]),
-    "the loss": ("opening", [("loss = F.cross_entropy(self.model(tokens), values)", "loss = F.cross_entropy(self.model(tokens), values, label_smoothing=0.01)")]),
+    "the loss": ("opening", [("values.to(self.device))", "values.to(self.device), label_smoothing=0.01)")]),
     "the clipping": ("opening", [("(s.clip / (flat.grad.norm() + 1e-6))", "(0.5 * s.clip / (flat.grad.norm() + 1e-6))")]),
     "the warm-up": ("opening", [("min(step / s.warmup, 1.0)", "min(step / s.warmup, 1.0) ** 2")]),
     "the optimiser": ("opening", [("torch.optim.Adam([flat]", "torch.optim.NAdam([flat]"), (", fused=True)", ")")]),

@@ -1,5 +1,6 @@
 """The training loop and its rule."""
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -25,7 +26,7 @@ def test_a_hybrid_learns_the_induction_head(recall, seed):
 def test_same_seed_same_bits(recall, brief, model):
     """Two trainings with one seed agree in every weight; another seed differs."""
     runs = [recall.train(replace(brief, model=model, seed=seed)) for seed in (1, 1, 2)]
-    states = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m, _ in runs]
+    states = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m, *_ in runs]
     assert torch.equal(states[0], states[1]) and runs[0][1] == runs[1][1] and not torch.equal(states[0], states[2])
 
 
@@ -33,7 +34,7 @@ def test_same_seed_same_bits(recall, brief, model):
 def test_a_trajectory_agrees_with_plain_pytorch(recall, model, monkeypatch):
     """Twenty steps of the training loop by the fused step and by autograd in float64 have the same losses but for rounding."""
     losses, s = [], recall.setting(model, M=4, budget=20, longest=20, every=20, n=20)
-    make = recall.train.__globals__["make_step"]
+    make = recall.trajectory.__globals__["make_step"]
 
     def listening(net):
         step = make(net)
@@ -46,9 +47,9 @@ def test_a_trajectory_agrees_with_plain_pytorch(recall, model, monkeypatch):
                 return losses[-1]
         assert not isinstance(step, recall.PlainStep)
         return Step()
-    monkeypatch.setitem(recall.train.__globals__, "make_step", listening)
+    monkeypatch.setitem(recall.trajectory.__globals__, "make_step", listening)
     recall.train(s)
-    assert losses == pytest.approx(recall.train(s, first=20)[:-1], rel=2e-4)
+    assert losses == pytest.approx([loss for _, loss, _, _ in itertools.islice(recall.trajectory(s, plain=True), 20)], rel=2e-4)
 
 
 def curve_of(s, *levels):
@@ -86,17 +87,17 @@ def test_the_tested_weights_are_the_moving_average(recall, brief):
 
 def test_a_loss_that_is_not_finite_stops_the_run(recall, brief, monkeypatch):
     """It is named with its step and the last finite value."""
-    make = recall.train.__globals__["make_step"]
+    make = recall.trajectory.__globals__["make_step"]
 
     def broken(net):
         step, count = make(net), iter(range(100))
         return (lambda tokens, values: step(tokens, values) * (float("nan") if next(count) == 3 else 1.0))
-    monkeypatch.setitem(recall.train.__globals__, "make_step", broken)
+    monkeypatch.setitem(recall.trajectory.__globals__, "make_step", broken)
     assert re.fullmatch(r"step 4: the loss is nan after \d\.\d+", recall.train(brief)[2])
 
 
 def test_the_opening_is_of_the_same_run(recall):
     """The first losses in float64 are those of the training itself, but for rounding."""
     s = recall.setting("mamba", seed=3)
-    opening = recall.train(s, first=recall.OPENING)
-    assert len(opening) == recall.OPENING + 1 and opening == recall.train(s, first=recall.OPENING)
+    first = [loss for _, loss, _, _ in itertools.islice(recall.trajectory(s), recall.OPENING)]
+    assert recall.opening(s)[:-1] == pytest.approx(first, rel=1e-5) and recall.opening(s) == recall.opening(s)
