@@ -24,7 +24,8 @@ class WholeLibrary(JITCodeLibrary):
     """Machine code that keeps its functions to itself.
 
     Numba lets kernels share the copies that each of them has of a function, by name: what a kernel computes could then depend, in the last bit, on
-    which others the process has loaded before, whose copies were optimised in other company.
+    which others the process has loaded before, whose copies were optimised in other company. Private, not internal: of internal functions too
+    the just-in-time linker knows the names.
     """
 
     def _optimize_final_module(self):

@@ -45,19 +45,19 @@ def is_mamba(layer):
 
 
 def layer_open(plan, flat, length, V, norm):
-    """For compiled code: `mamba_open` or `attention_open`. Likewise the next three."""
+    """For compiled code: `mamba_open` or `attention_open`."""
 
 
 def layer_forward(layer, tokens, h, x):
-    """Likewise."""
+    """For compiled code: `mamba_forward` or `attention_forward`."""
 
 
 def layer_backward(layer, tokens, dx, h, dh):
-    """Likewise."""
+    """For compiled code: `mamba_backward` or `attention_backward`."""
 
 
 def layer_close(layer, flat, norm):
-    """Likewise."""
+    """For compiled code: `mamba_close` or `attention_close`."""
 
 
 @overload(layer_open, jit_options=PART)
