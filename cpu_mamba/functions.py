@@ -6,18 +6,21 @@ Each function has its reference in `reference`, which also gives the derivatives
 import math
 
 import torch
+import torch.nn.functional as F
 
-from .paths import MISSING, fits, outside_autocast, over_batch
+from .paths import MISSING, fits, outside_autocast, over_shares, shares
 from .reference import causal_conv1d_ref, mamba_inner_ref, selective_scan_ref
 
 if not MISSING:
     import numpy as np
 
-    from .conv import conv_backward_batch, conv_batch
+    from .chunks import backward_tasks, forward_tasks
+    from .conv import conv_backward_tasks, conv_tasks
     from .lanes import LOG2E, width
-    from .scan import Gradients, Inputs, Kept, Layout, Weights, inside_backward_batch, inside_batch, marks_rows
+    from .scan import Gradients, Inputs, Kept, Layout, Weights, marks_rows
     NO_ENDS = np.empty((0, 1, 1), np.float32)
 
+NARROW = 8  # rank of the step sizes up to which the kernels take W_dt themselves
 STATES = 4  # of a tile: independent work for the processor while a sum waits for the one before
 
 
@@ -43,6 +46,10 @@ def channels(dim: int):
     return width(math.gcd(dim, 16)), width(STATES)
 
 
+def blocks_of(dim):
+    return dim // math.gcd(dim, 16)
+
+
 def blocked(A):
     """(..., blocks, N, W) from (..., dim, N), both numpy, N filled up with zeros to whole tiles: how the kernels want A and states."""
     *rest, dim, N = A.shape
@@ -55,6 +62,21 @@ def blocked(A):
 def unblocked(A, N):
     """The opposite, of tensors: (..., dim, N)."""
     return A[..., :N, :].transpose(-1, -2).flatten(-3, -2)
+
+
+def room(*shape):
+    return np.empty(shape, np.float32)
+
+
+def gradients_of(groups, weights):
+    """Room for the gradients of the weights, of every group of sequences."""
+    blocks, _, W = weights.A.shape
+    return Gradients(room(groups, 1, blocks * W), room(groups, *weights.A.shape), room(groups, 1, blocks * W))
+
+
+def summed(a):
+    """The sum over the first axis of a numpy array as a tensor."""
+    return torch.from_numpy(a[0]) if len(a) == 1 else torch.from_numpy(a).sum(0)
 
 
 def plain_gradients(ctx, reference, inputs, grads):
@@ -93,7 +115,8 @@ class SelectiveScan(torch.autograd.Function):
         out = u.new_empty(batch, length, dim)
         y = torch.empty_like(out) if layout.gated else out
         marks, last = u.new_empty(batch, marks_rows(length, blocks, whole), W), u.new_empty(batch, blocks * whole, W)
-        over_batch(inside_batch, batch, *channels(dim), layout, weights, inputs, Kept(y.numpy(), marks.numpy()), out.numpy(), last.numpy())
+        kept = Kept(y.numpy(), marks.numpy())
+        over_shares(forward_tasks, shares(batch, blocks), *channels(dim), layout, weights, inputs, kept, out.numpy(), last.numpy())
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, y if layout.gated else None, marks)
         ctx.set_materialize_grads(False)
         ctx.softplus = softplus
@@ -113,14 +136,13 @@ class SelectiveScan(torch.autograd.Function):
         layout, weights, inputs = SelectiveScan.call(*given, ctx.softplus)
         (batch, length, dim), N = inputs.u.shape, layout.N
         dout = marks.new_zeros(batch, length, dim) if dout is None else dout
-        empty = lambda *shape: np.empty(shape, np.float32)
-        ends = NO_ENDS if dlast is None else blocked(array(dlast)).reshape(batch, -1, weights.A.shape[2])
-        dinputs = Inputs(*(np.empty_like(a) for a in inputs))
-        gradients = Gradients(empty(batch, 1, dim), empty(batch, *weights.A.shape), empty(batch, 1, dim))
+        parts, ends = shares(batch, len(weights.A)), NO_ENDS if dlast is None else blocked(array(dlast)).reshape(batch, -1, weights.A.shape[2])
+        dinputs = Inputs(*map(np.empty_like, inputs))._replace(BC=room(parts[0].split, batch, length, 2 * N))
+        gradients = gradients_of(parts[0].groups, weights)
         kept = Kept(inputs.u if y is None else y.numpy(), marks.numpy())
-        over_batch(inside_backward_batch, batch, *channels(dim), layout, weights, inputs, kept, array(dout), ends, dinputs, gradients)
-        du, ddelta, dBC, dz = (torch.from_numpy(a).transpose(1, 2) for a in dinputs)
-        dbias, dA, dD = (torch.from_numpy(a).sum(0) for a in gradients)
+        over_shares(backward_tasks, parts, *channels(dim), layout, weights, inputs, kept, array(dout), ends, dinputs, gradients)
+        du, ddelta, dBC, dz = (torch.from_numpy(a).transpose(-1, -2) for a in dinputs)
+        dBC, dbias, dA, dD = summed(dBC.numpy()), *map(summed, gradients)
         results = du, ddelta, unblocked(dA, N), dBC[:, :N], dBC[:, N:], dD[0], dz, dbias[0]
         return *(g if needed else None for g, needed in zip(results, ctx.needs_input_grad)), None
 
@@ -137,7 +159,8 @@ class CausalConv(torch.autograd.Function):
     @outside_autocast
     def forward(ctx, x, weight, bias, silu):
         out = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
-        over_batch(conv_batch, len(x), channels(x.shape[1])[0], *CausalConv.call(x, weight, bias, silu), out.numpy())
+        batch, dim, _ = x.shape
+        over_shares(conv_tasks, shares(batch, blocks_of(dim)), channels(dim)[0], *CausalConv.call(x, weight, bias, silu), out.numpy())
         ctx.save_for_backward(x, weight, bias)
         ctx.silu = silu
         return out
@@ -150,35 +173,36 @@ class CausalConv(torch.autograd.Function):
             reference = lambda *inputs: [causal_conv1d_ref(*inputs, "silu" if ctx.silu else None).transpose(1, 2)]
             return *plain_gradients(ctx, reference, given, [dout])[:3], None
         batch, dim, length = x.shape
-        dx, dweight = x.new_empty(batch, length, dim), x.new_empty(batch, weight.shape[1] + 1, dim)
-        over_batch(conv_backward_batch, batch, channels(dim)[0], *CausalConv.call(*given, ctx.silu), array(dout), dx.numpy(), dweight.numpy())
-        dweight = dweight.sum(0)
+        parts, dx = shares(batch, blocks_of(dim)), x.new_empty(batch, length, dim)
+        dweight = room(parts[0].groups, weight.shape[1] + 1, dim)
+        over_shares(conv_backward_tasks, parts, channels(dim)[0], *CausalConv.call(*given, ctx.silu), array(dout), dx.numpy(), dweight)
+        dweight = summed(dweight)
         results = dx.transpose(1, 2), dweight[:-1].t(), dweight[-1]
         return *(g if needed else None for g, needed in zip(results, ctx.needs_input_grad)), None
 
 
 class MambaInner(torch.autograd.Function):
-    """mamba_inner_ref in float32, the gradient by hand. The product with W_x is PyTorch's, all else is in two kernels."""
+    """mamba_inner_ref in float32, the gradient by hand. The products with W_x and W_dt are PyTorch's, all else is in two kernels."""
 
     @staticmethod
-    def weights(conv_weight, conv_bias, W_dt, dt_bias, A, D):
-        """(taps, their bias, layout, weights) for the kernels."""
-        (dim, N), R = A.shape, W_dt.shape[1]
-        weights = Weights(array(W_dt.t()), row(dt_bias, dim), blocked(array(A) * LOG2E), row(D, dim))
-        return array(conv_weight.t()), row(conv_bias, dim), Layout(True, True, N, R, R + N, dim), weights
+    def steps(low, W_dt):
+        """What kernels get for the step sizes, (batch length, columns): those before bias and softplus or, where they take W_dt as well, `low`."""
+        return low[:, : W_dt.shape[1]] @ W_dt.t() if W_dt.shape[1] > NARROW else low
 
     @staticmethod
     @outside_autocast
     def forward(ctx, xz, conv_weight, conv_bias, W_x, W_dt, dt_bias, A, D):
-        (batch, length, _), dim, (W, U), xz_ = xz.shape, len(A), channels(len(A)), array(xz)
-        taps, tap_bias, layout, weights = ctx.weights = MambaInner.weights(conv_weight, conv_bias, W_dt, dt_bias, A, D)
+        (batch, length, _), (dim, N), (W, U), xz_ = xz.shape, A.shape, channels(len(A)), array(xz)
+        R, parts, shape = W_dt.shape[1], shares(batch, blocks_of(dim)), (batch, length, -1)
+        taps, tap_bias = ctx.taps = array(conv_weight.t()), row(conv_bias, dim)
+        weights = ctx.weights = Weights(array(W_dt.t())[: R if R <= NARROW else 0], row(dt_bias, dim), blocked(array(A) * LOG2E), row(D, dim))
+        ctx.layout = layout = Layout(True, True, N, R, R + N, dim)
         u, y, out = (xz.new_empty(batch, length, dim) for _ in range(3))
-        over_batch(conv_batch, batch, W, xz_, taps, tap_bias, True, u.numpy())
+        over_shares(conv_tasks, parts, W, xz_, taps, tap_bias, True, u.numpy())
         low = u.view(-1, dim) @ W_x.t()  # step sizes before W_dt, B, C: R + 2 N columns
-        low_ = low.numpy().reshape(batch, length, -1)
         marks = xz.new_empty(batch, marks_rows(length, *weights.A.shape[:2]), W.size)
-        inputs, kept = Inputs(u.numpy(), low_, low_, xz_), Kept(y.numpy(), marks.numpy())
-        over_batch(inside_batch, batch, W, U, layout, weights, inputs, kept, out.numpy(), NO_ENDS)
+        inputs = Inputs(u.numpy(), MambaInner.steps(low, W_dt).view(shape).numpy(), low.view(shape).numpy(), xz_)
+        over_shares(forward_tasks, parts, W, U, layout, weights, inputs, Kept(y.numpy(), marks.numpy()), out.numpy(), NO_ENDS)
         ctx.save_for_backward(xz, conv_weight, conv_bias, W_x, W_dt, dt_bias, A, D, u, low, y, marks)
         return out
 
@@ -189,20 +213,23 @@ class MambaInner(torch.autograd.Function):
         xz, conv_weight, W_x, W_dt, A = given[0], given[1], given[3], given[4], given[6]
         if torch.is_grad_enabled() or not fits(dout):
             return plain_gradients(ctx, lambda *inputs: [mamba_inner_ref(*inputs)], given, [dout])
-        taps, tap_bias, layout, weights = ctx.weights
-        (batch, length, dim), (W, U), needed = u.shape, channels(len(A)), ctx.needs_input_grad
+        (batch, length, dim), N, R, (W, U), needed = u.shape, A.shape[1], W_dt.shape[1], channels(len(A)), ctx.needs_input_grad
+        parts, xz_, steps = shares(batch, blocks_of(dim)), array(xz), MambaInner.steps(low, W_dt)
         du, dxz, dlow = torch.empty_like(u), u.new_empty(batch, length, 2 * dim), torch.empty_like(low)
-        dweight, dskip, dconv = (u.new_empty(batch, n, dim) for n in (W_dt.shape[1] + 1, 1, conv_weight.shape[1] + 1))
-        dA, xz_, dxz_ = u.new_empty(batch, *weights.A.shape), array(xz), dxz.numpy()
-        low_, dlow_ = (x.numpy().reshape(batch, length, -1) for x in (low, dlow))
-        inputs, kept = Inputs(u.numpy(), low_, low_, xz_), Kept(y.numpy(), marks.numpy())
-        dinputs, gradients = Inputs(du.numpy(), dlow_, dlow_, dxz_), Gradients(dweight.numpy(), dA.numpy(), dskip.numpy())
-        over_batch(inside_backward_batch, batch, W, U, layout, weights, inputs, kept, array(dout), NO_ENDS, dinputs, gradients)
+        dsteps = steps if R > NARROW else torch.empty_like(u).view(-1, dim)  # in their place, where it has the same shape
+        dBC, dconv = room(parts[0].split, batch, length, 2 * N), room(parts[0].groups, conv_weight.shape[1] + 1, dim)
+        gradients = gradients_of(parts[0].groups, ctx.weights)
+        inputs = Inputs(u.numpy(), steps.view(batch, length, -1).numpy(), low.view(batch, length, -1).numpy(), xz_)
+        dinputs, kept = Inputs(du.numpy(), dsteps.view(batch, length, dim).numpy(), dBC, dxz.numpy()), Kept(y.numpy(), marks.numpy())
+        over_shares(backward_tasks, parts, W, U, ctx.layout, ctx.weights, inputs, kept, array(dout), NO_ENDS, dinputs, gradients)
+        dlow[:, R:] = summed(dBC).view(-1, 2 * N)
+        dlow[:, :R] = dsteps @ W_dt
         du.view(-1, dim).addmm_(dlow, W_x)
-        over_batch(conv_backward_batch, batch, W, xz_, taps, tap_bias, True, du.numpy(), dxz_, dconv.numpy())
-        dweight, dconv = dweight.sum(0), dconv.sum(0)
-        results = (dxz, dconv[:-1].t(), dconv[-1], dlow.t() @ u.view(-1, dim) if needed[3] else None, dweight[:-1].t(), dweight[-1],
-                   unblocked(dA.sum(0), A.shape[1]), dskip.sum((0, 1)))
+        over_shares(conv_backward_tasks, parts, W, xz_, *ctx.taps, True, du.numpy(), dxz.numpy(), dconv)
+        dconv, (dbias, dA, dskip) = summed(dconv), map(summed, gradients)
+        dW_x = dlow.t() @ u.view(-1, dim) if needed[3] else None
+        dW_dt = (low[:, :R].t() @ dsteps).t() if needed[4] else None  # several times faster than the transposed product
+        results = dxz, dconv[:-1].t(), dconv[-1], dW_x, dW_dt, dbias[0], unblocked(dA, N), dskip[0]
         return tuple(g if n else None for g, n in zip(results, needed))
 
 
@@ -225,23 +252,54 @@ def fused_inner(xz, *weights):
     return MambaInner.apply(*as_float32((xz, *weights))).to(xz.dtype)
 
 
-def causal_conv1d_fn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None) -> torch.Tensor:
-    """Causal depthwise convolution as causal_conv1d's `causal_conv1d_fn`: x (batch, dim, length), weight (dim, width), bias (dim,).
-
-    `activation`: None, "silu" or "swish". Returns (batch, dim, length) in the dtype of x, differentiable in every tensor.
-    Raises ValueError for shapes that do not fit and for another activation, TypeError for a dtype that is not floating.
-    """
+def check_conv(x, weight, bias, seq_idx, initial_states, return_final_states, final_states_out, activation):
+    """Raise what causal_conv1d_fn says."""
     if activation not in (None, "silu", "swish"):
         raise ValueError(f'activation={activation!r}: None, "silu" or "swish" is needed')
     check_tensors(x=x, weight=weight)
     if x.dim() != 3 or weight.dim() != 2 or not (x.shape[2] and weight.shape[1]):
         raise ValueError(f"x of shape {tuple(x.shape)}, weight of shape {tuple(weight.shape)}: (batch, dim, length) and (dim, width) are needed, "
                          "with a length and a width of at least 1")
-    dim = x.shape[1]
-    check("x", x, dict(x=(x, tuple(x.shape)), weight=(weight, (dim, weight.shape[1])), bias=(bias, (dim,))))
-    if not fits(x, weight, bias):
-        return causal_conv1d_ref(x, weight, bias, activation)
-    return CausalConv.apply(*as_float32((x, weight, bias)), activation is not None).transpose(1, 2).to(x.dtype)
+    (batch, dim, length), width = x.shape, weight.shape[1]
+    states = (batch, dim, width - 1)
+    check("x", x, dict(x=(x, tuple(x.shape)), weight=(weight, (dim, width)), bias=(bias, (dim,)), initial_states=(initial_states, states),
+                       final_states_out=(final_states_out, states)))
+    for name, tensor in dict(initial_states=initial_states, final_states_out=final_states_out).items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} of dtype {tensor.dtype}: that of x, {x.dtype}, is needed")
+    if final_states_out is not None and not return_final_states:
+        raise ValueError("final_states_out without return_final_states=True: it would not be written")
+    if seq_idx is None:
+        return
+    check_tensors(seq_idx=seq_idx)
+    if tuple(seq_idx.shape) != (batch, length) or seq_idx.is_floating_point():
+        raise ValueError(f"seq_idx of shape {tuple(seq_idx.shape)}, {seq_idx.dtype}: integers (batch={batch}, length={length}) are needed")
+    if initial_states is not None or return_final_states:
+        raise NotImplementedError("seq_idx beside initial_states or return_final_states: states of several sequences in a row are not supported")
+
+
+def causal_conv1d_fn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, seq_idx: torch.Tensor | None = None,
+                     initial_states: torch.Tensor | None = None, return_final_states: bool = False,
+                     final_states_out: torch.Tensor | None = None, activation: str | None = None):
+    """Causal depthwise convolution as causal_conv1d's `causal_conv1d_fn`: x (batch, dim, length), weight (dim, width), bias (dim,).
+
+    `initial_states` (batch, dim, width - 1) are the tokens before x, zeros where there are none; with `return_final_states` the last width - 1
+    tokens come back beside the output, in `final_states_out` if that is given. `seq_idx` (batch, length): the sequences that x holds one behind the
+    other, apart from each other; a negative number is padding. It takes the plain path. `activation`: None, "silu" or "swish".
+    Returns (batch, dim, length) in the dtype of x, differentiable in every tensor. Raises ValueError for shapes that do not fit and for another
+    activation, TypeError for a dtype that is not floating and states of another dtype than x, NotImplementedError for seq_idx beside states.
+    """
+    check_conv(x, weight, bias, seq_idx, initial_states, return_final_states, final_states_out, activation)
+    whole, width = x if initial_states is None else torch.cat((initial_states, x), 2), weight.shape[1]
+    if seq_idx is not None or not fits(whole, weight, bias):
+        out = causal_conv1d_ref(whole, weight, bias, activation, seq_idx)
+    else:
+        out = CausalConv.apply(*as_float32((whole, weight, bias)), activation is not None).transpose(1, 2).to(x.dtype)
+    out = out if initial_states is None else out[..., width - 1 :]
+    if not return_final_states:
+        return out
+    states = F.pad(whole, (width - 1 - whole.shape[2], 0))
+    return out, states if final_states_out is None else final_states_out.copy_(states)
 
 
 def check_tensors(**tensors):

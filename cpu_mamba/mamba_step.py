@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import scan
+from . import last_state, scan
 from .conv import conv, conv_backward
 from .dense import LANES, norm_backward, norm_forward, outer, padded, product, put, room, row, set_row, transposed, view, wide
 from .lanes import LOG2E, ONE, ZERO, lane_sigmoid, lane_sum, load, size_of, store, width
@@ -17,7 +17,7 @@ from .parts import maker, part
 
 STATES = width(4)  # of a tile: independent work for the processor while a sum waits for the one before
 inside, inside_backward = maker(scan.inside.py_func), maker(scan.inside_backward.py_func)
-end_state, end_state_backward = maker(scan.end_state.py_func), maker(scan.end_state_backward.py_func)
+end_state, end_state_backward = maker(last_state.end_state.py_func), maker(last_state.end_state_backward.py_func)
 
 
 class MambaPlan(NamedTuple):

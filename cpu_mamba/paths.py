@@ -6,8 +6,10 @@ CPU, seen by no tracer and no transform. All else, second derivatives included, 
 
 import concurrent.futures
 import functools
+import math
 import os
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -34,6 +36,11 @@ def warn_once():
     warnings.warn(f"cpu_mamba: the fused kernels need Numba ({MISSING}); plain PyTorch is used, which is correct but slow", stacklevel=4)
 
 
+@functools.cache
+def warn_of_gpu():
+    warnings.warn("cpu_mamba: tensors on a GPU go through plain PyTorch; the packages for them are mamba-ssm and causal-conv1d", stacklevel=4)
+
+
 def ready() -> bool:
     """Whether kernels may be called at all: no compiler, tracer, transform or forward-mode derivative is looking on."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -52,6 +59,8 @@ def fits(*tensors) -> bool:
     for t in tensors:
         if t is None:
             continue
+        if t.is_cuda:
+            warn_of_gpu()
         if not (type(t) in PLAIN and t.dtype in FLOATS and t.is_cpu and t.layout is torch.strided and t.numel()):
             return False
         if torch._C._functorch.is_legacy_batchedtensor(t):
@@ -103,6 +112,38 @@ def after_fork():
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=after_fork)
+
+
+UNITS = 16  # of work in a batch, at least, where there are sequences and channels enough
+
+
+class Share(NamedTuple):
+    """Units first .. last - 1 of a batch's work, for one thread; unit k is share k % split of the channels of group k // split of the sequences."""
+    first: int
+    last: int
+    groups: int
+    split: int
+
+
+def shares(batch: int, blocks: int) -> list:
+    """All units of a batch, evenly among PyTorch's threads. What a unit is does not depend on their number, and so no sum does.
+
+    Sequences are in up to UNITS groups; where they are fewer their `blocks` of channels are split, into shares of at least four.
+    """
+    groups, split = min(batch, UNITS), max(1, min(-(-UNITS // batch), blocks // 4))
+    threads = min(torch.get_num_threads(), groups * split)
+    bounds = [groups * split * k // threads for k in range(threads + 1)]
+    return [Share(first, last, groups, split) for first, last in zip(bounds, bounds[1:])]
+
+
+def over_shares(kernel, parts: list, *args):
+    """Call kernel(share, *args) for every share, each on a thread of its own."""
+    if not USED:
+        USED.append(True)
+    if len(parts) == 1:
+        kernel(parts[0], *args)
+    else:
+        list(helpers(len(parts), os.getpid()).map(lambda part: kernel(part, *args), parts))
 
 
 def over_batch(kernel, batch: int, *args):

@@ -12,16 +12,23 @@ def work_dtype(*tensors):
     return torch.float64 if any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in tensors) else torch.float32
 
 
-def causal_conv1d_ref(x, weight, bias=None, activation=None):
+def causal_conv1d_ref(x, weight, bias=None, activation=None, seq_idx=None):
     """Causal depthwise convolution as causal_conv1d's: x (batch, dim, length), weight (dim, width), bias (dim,); in the dtype of x.
 
-    `activation` None, "silu" or "swish".
+    `activation` None, "silu" or "swish". `seq_idx` (batch, length) says which of the sequences that lie one behind the other a token belongs to:
+    it sees tokens of the same number alone, and one of a negative number is padding, whose output is 0.
     """
-    dtype, (dim, width) = work_dtype(x, weight, bias), weight.shape
+    dtype, (dim, width), length = work_dtype(x, weight, bias), weight.shape, x.shape[-1]
     padded = F.pad(x.to(dtype), (width - 1, 0))
-    out = sum(weight[:, k, None].to(dtype) * padded[..., k : k + x.shape[-1]] for k in range(width))
+    taps = [padded[..., k : k + length] for k in range(width)]
+    if seq_idx is not None:
+        numbers = F.pad(seq_idx, (width - 1, 0), value=-1)[:, None]
+        taps = [torch.where(numbers[..., k : k + length] == seq_idx[:, None], tap, 0.0) for k, tap in enumerate(taps)]
+    out = sum(weight[:, k, None].to(dtype) * tap for k, tap in enumerate(taps))
     if bias is not None:
         out = out + bias[:, None].to(dtype)
+    if seq_idx is not None:
+        out = torch.where(seq_idx[:, None] < 0, 0.0, out)
     return (out if activation is None else F.silu(out)).to(x.dtype)
 
 

@@ -147,7 +147,7 @@ def whole_sequence(mixer, norms, old, hidden, cache, mask):
         return mixer.out_proj(fused_inner(xz, conv.weight[:, 0], conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A, D))
     x, z = xz.chunk(2, 2)
     x, N = (masked(x) if old else x).transpose(1, 2), A.shape[1]
-    u = masked(causal_conv1d_fn(x, conv.weight[:, 0], conv.bias, "silu").transpose(1, 2))
+    u = masked(causal_conv1d_fn(x, conv.weight[:, 0], conv.bias, activation="silu").transpose(1, 2))
     low, B, C = x_proj(u).split((dt_proj.weight.shape[1], N, N), 2)
     if norms:
         low, B, C = (norm(t) for norm, t in zip(norms, (low, B, C)))

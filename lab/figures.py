@@ -11,7 +11,7 @@ from lab.tables import counting_baseline, numbered
 
 LABELS = dict(learned="learned positions", rope="RoPE", nope="NoPE", mamba="Mamba", hybrid="hybrid")
 SHORT = LABELS | {"learned": "learned"}
-COLOURS = dict(learned="#0072B2", rope="#D55E00", nope="#7F7F7F", mamba="#009E73", hybrid="#AA3377")
+COLOURS = dict(learned="#0072B2", rope="#D55E00", nope="#4D4D4D", mamba="#009E73", hybrid="#AA3377")
 DASHES = dict(learned=(0, (5, 1.5)), rope=(0, (1, 1)), nope=(0, (3, 1, 1, 1)), mamba="-", hybrid=(0, (4, 4)))
 MARKS = dict(learned="s", rope="^", nope="x", mamba="o", hybrid="D")
 QUERIES = {4: dict(color="#56B4E9", linestyle="-", marker="o"), 8: dict(color="#E69F00", linestyle=(0, (5, 1.5)), marker="s"),

@@ -32,7 +32,7 @@ from lab.pdf import ExportError, export, notebook_digest
 ROOT = pool.ROOT
 NOTEBOOK = "recall.ipynb"
 BUILD = ROOT / ".build"
-CODE = ("cpu_mamba/*.py", "lab/*.py")
+CODE = ("cpu_mamba/*.py", "lab/*.py", "lab/*.typ")
 # Ctrl-C, `kill`, a terminal that closes.
 INTERRUPTIONS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 

@@ -19,6 +19,6 @@ def settled():
 @pytest.fixture
 def calls(monkeypatch):
     """The names of the batch kernels that ran, so that no test compares the reference with itself."""
-    names, whole = [], functions.over_batch
-    monkeypatch.setattr(functions, "over_batch", lambda kernel, *args: names.append(kernel.py_func.__name__) or whole(kernel, *args))
+    names, whole = [], functions.over_shares
+    monkeypatch.setattr(functions, "over_shares", lambda kernel, *args: names.append(kernel.py_func.__name__) or whole(kernel, *args))
     return names

@@ -20,10 +20,10 @@ FORWARD = """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x = torch.randn(2, 5, 3).requires_grad_()
-    y = cpu_mamba.causal_conv1d_fn(x, torch.randn(5, 2), None, "silu")
+    y = cpu_mamba.causal_conv1d_fn(x, torch.randn(5, 2), activation="silu")
     y.sum().backward()
     digest = hashlib.sha256(y.detach().numpy().tobytes() + x.grad.numpy().tobytes()).hexdigest()
-    print(digest, time.perf_counter() - start, sum(cpu_mamba.conv.conv_batch.stats.cache_hits.values()), cpu_mamba.cache.folder(), repr(numba.config.CACHE_DIR))
+    print(digest, time.perf_counter() - start, sum(cpu_mamba.conv.conv_tasks.stats.cache_hits.values()), cpu_mamba.cache.folder(), repr(numba.config.CACHE_DIR))
 """
 
 
@@ -43,7 +43,7 @@ def test_a_second_process(tmp_path):
     """Everything comes from disk, in well under a second after the imports; the same bits; Numba's own folder for others is as it was."""
     first, *_ = python(FORWARD, tmp_path)
     made = kernels(tmp_path)
-    assert any("conv_batch" in path.name for path in made) and any("conv_backward_batch" in path.name for path in made)
+    assert any("conv_tasks" in path.name for path in made) and any("conv_backward_tasks" in path.name for path in made)
     second, seconds, hits, folder, other = python(FORWARD, tmp_path)
     assert second == first and kernels(tmp_path) == made and float(seconds) < 1 and int(hits) == 1
     assert folder == str(tmp_path / cache.digest()) and other == "''"

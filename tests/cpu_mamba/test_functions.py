@@ -32,7 +32,7 @@ def conv_inputs(batch=2, dim=6, length=8, width=3):
     return dict(x=torch.randn(batch, dim, length), weight=torch.randn(dim, width), bias=torch.randn(dim))
 
 
-silu = lambda function: lambda x, weight, bias: function(x, weight, bias, "silu")
+silu = lambda function: lambda x, weight, bias: function(x, weight, bias, activation="silu")
 stepped = lambda function: lambda *args, **named: function(*args, **named, delta_softplus=True)
 OPERATORS = {"scan": (stepped(selective_scan_fn), stepped(selective_scan_ref), lambda: scan_inputs(2, 4, 9, 3, 0)),
              "conv": (silu(causal_conv1d_fn), silu(causal_conv1d_ref), conv_inputs), "inner": (mamba_inner_fn, mamba_inner_ref, inner_inputs)}

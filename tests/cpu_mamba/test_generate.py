@@ -119,7 +119,7 @@ def test_tokens_equal_the_sequence(calls, batch, dim, N, absent):
     a = {k: v for k, v in scan_inputs(batch, dim, 12, N, N).items() if k not in absent}
     want, last = selective_scan_fn(**{k: v.double() for k, v in a.items()}, delta_softplus=True, return_last_state=True)
     x, weight, state = a["u"], torch.randn(dim, 4), torch.zeros(batch, dim, N)
-    window, convolved = torch.zeros(batch, dim, 4), causal_conv1d_fn(x.double(), weight.double(), None, "silu")
+    window, convolved = torch.zeros(batch, dim, 4), causal_conv1d_fn(x.double(), weight.double(), activation="silu")
     for t in range(12):
         z = a["z"][..., t] if "z" in a else None
         y = selective_state_update(state, x[..., t], a["delta"][..., t], a["A"], a["B"][..., t], a["C"][..., t], a.get("D"), z,

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from cpu_mamba import Mamba, selective_scan_ref
 
 
-FUSED = ["conv_batch", "inside_batch", "inside_backward_batch", "conv_backward_batch"]
+FUSED = ["conv_tasks", "forward_tasks", "backward_tasks", "conv_backward_tasks"]
 
 
 def made(d=8, **options):

@@ -20,7 +20,7 @@ def test_scan_equals_the_recurrence(calls, batch, dim, length, N, softplus):
         arguments["delta"] = arguments["delta"].abs()
         del arguments["delta_bias"]
     assert_parity(selective_scan_fn, selective_scan_ref, arguments)
-    assert calls == ["inside_batch", "inside_backward_batch"]
+    assert calls == ["forward_tasks", "backward_tasks"]
 
 
 @pytest.mark.parametrize("absent", [("D",), ("z",), ("D", "z"), ("delta_bias",), ("D", "z", "delta_bias")])
@@ -43,7 +43,7 @@ def test_output_or_last_state_alone(calls):
                 assert wanted[name] is None and (gradients[name] is None or (gradients[name] == 0).all())
             else:
                 assert relative(gradients[name], wanted[name]) < 1e-5, name
-    assert calls == 2 * ["inside_batch", "inside_backward_batch"]
+    assert calls == 2 * ["forward_tasks", "backward_tasks"]
 
 
 @pytest.mark.parametrize("length", [4, 64, 300])
