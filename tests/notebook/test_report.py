@@ -64,7 +64,7 @@ def test_a_stale_report_is_told(tmp_path):
     nbformat.write(copy, tmp_path / "recall.ipynb")
     (tmp_path / "figures" / "p1a.pdf").write_bytes(b"another")
     table = tmp_path / "figures" / "accuracy.csv"
-    table.write_text(table.read_text().replace(",1000,", ",1000,0", 1))
+    table.write_text(table.read_text().replace(",1000,", ",1000,1", 1))
     found = " ".join(report.stale(tmp_path))
     for reason in ("figures and outputs: made by code", "figures/p1a.pdf is not the file", "figures/accuracy.csv is not the file", "report.pdf: not of the present code",
                    "report.pdf: not of the present notebook", "figures/accuracy.csv: "):
