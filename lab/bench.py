@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -49,9 +50,10 @@ def peers():
 
 
 def medians(calls, rounds, most=20.0):
-    """Median seconds of each call, {name: seconds}, in turns; one that takes over `most` seconds is called once."""
+    """Median seconds of each call, {name: seconds}, in turns, after one that compiles; one that then takes over `most` seconds is timed once."""
     times = {}
     for name, call in calls.items():
+        call()
         start = time.perf_counter()
         call()
         times[name] = [time.perf_counter() - start]
@@ -180,6 +182,7 @@ def main(arguments):
     if arguments not in ([], ["--quick"]):
         return f"{' '.join(arguments)}: unknown, --quick or nothing"
     keep_heap()
+    warnings.filterwarnings("ignore", module="torch._dynamo")  # torch.compile says much of others' code
     torch.set_flush_denormal(True)
     names, everything = report.definitions(), not arguments
     print(f"{processor()}; medians of turns in one process\n")

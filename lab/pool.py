@@ -175,6 +175,7 @@ def in_worker(run, s, parent):
     """Make one run in this process; returns (setting, what the store keeps of it or None, why it failed or "")."""
     if os.getpid() != parent and os.getppid() == parent:
         end_with_parent(parent)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     keep_heap()
@@ -182,8 +183,12 @@ def in_worker(run, s, parent):
         done = run(s)
     except Exception as error:  # whatever it is, the other runs go on
         return s, None, f"{type(error).__name__}: {error}"
+    finally:
+        if os.getpid() == parent:  # one worker alone works in the process that asks
+            torch.set_flush_denormal(False)
+            torch.set_num_threads(threads)
     stopped = done.pop("stopped", "")
-    return s, done | {"provenance": provenance() | ({"stopped": stopped} if stopped else {})}, ""
+    return s, done | {"provenance": provenance() | {"threads": 1} | ({"stopped": stopped} if stopped else {})}, ""
 
 
 def provenance():

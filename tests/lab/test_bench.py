@@ -16,10 +16,10 @@ def test_a_peer_computes_what_our_layer_computes(mambapy):
     assert torch.allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def test_medians_take_turns_and_call_a_slow_one_once(monkeypatch):
+def test_medians_time_a_slow_call_once_after_a_first_that_compiles(monkeypatch):
     clock, calls = iter(range(0, 10**6, 30)), []
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    assert bench.medians({"slow": lambda: calls.append("slow")}, 5) == {"slow": 30.0} and calls == ["slow"]
+    assert bench.medians({"slow": lambda: calls.append("slow")}, 5) == {"slow": 30.0} and calls == ["slow"] * 2
 
 
 def test_the_table_says_times_the_first():
