@@ -57,7 +57,8 @@ def test_the_models(recall, name, K, d, L, heads, d_state, d_conv, norm, n, leng
 
 @many
 @given(model=st.sampled_from(("mamba", "rope", "gru", "")), M=numbers, tau=numbers, d=numbers, K=numbers, L=st.integers(-1, 100), shortest=st.integers(-1, 100),
-       rate=st.one_of(st.floats(-1, 2, allow_subnormal=False), st.just(math.nan), st.just(math.inf)), budget=numbers, longest=numbers, stride=numbers)
+       rate=st.one_of(st.floats(-1, 2, allow_subnormal=False), st.just(math.nan), st.just(math.inf)), budget=numbers, longest=numbers, stride=numbers,
+       weight_decay=st.floats(-1, 2, allow_subnormal=False), cooling=numbers, powers=numbers)
 def test_the_settings(recall, **letters):
     """A setting that can be trained, or a ValueError that names a field and its value."""
     try:
@@ -66,3 +67,4 @@ def test_the_settings(recall, **letters):
         assert named(error, **letters)
         return
     assert s.model in recall.MODELS and 1 <= s.M <= s.K and s.tau + 2 <= s.shortest <= s.L and 0 < s.rate < 1 and s.longest >= s.budget >= 1
+    assert 0 <= s.weight_decay <= 1 and s.cooling >= 0 and 0 <= s.powers <= 20

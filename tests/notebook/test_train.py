@@ -52,6 +52,27 @@ def test_a_trajectory_agrees_with_plain_pytorch(recall, model, monkeypatch):
     assert losses == pytest.approx([loss for _, loss, _, _ in itertools.islice(recall.trajectory(s, plain=True), 20)], rel=2e-4)
 
 
+def test_weight_decay_and_cooling_are_those_of_pytorch(recall):
+    """Forty float64 steps agree with torch.optim.AdamW on two groups, the linear maps' weights and all else, under a schedule of PyTorch's."""
+    s = recall.setting("hybrid", M=4, rate=1e-2, weight_decay=0.1, cooling=10, warmup=5, clip=1e9)
+    losses = [loss for _, loss, _, _ in itertools.islice(recall.trajectory(s, plain=True), 40)]
+    torch.manual_seed(s.seed)
+    model, batches = recall.model_of(s).double(), torch.Generator().manual_seed(1_000_003 * (s.seed + 1))
+    linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    others = [p for p in model.parameters() if all(p is not w for w in linear)]
+    optimizer = torch.optim.AdamW([{"params": linear, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-2, betas=s.betas)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min((done + 1) / 5, 1) * (10 / max(done + 1, 10)) ** 0.5)
+    for loss in losses:
+        tokens, values = recall.sample_batch(64, 64, 16, 4, 1, batches)
+        optimizer.zero_grad()
+        mine = torch.nn.functional.cross_entropy(model(tokens), values)
+        assert loss == pytest.approx(mine.item(), rel=1e-9)
+        mine.backward()
+        optimizer.step()
+        schedule.step()
+    assert len(linear) == 7 and sum(w.numel() for w in linear) == int(recall.linear_weights(model).sum())
+
+
 def curve_of(s, *levels):
     """A curve with the given accuracies, one evaluation after the other."""
     return [(s.every * k, round(level * s.n)) for k, level in enumerate(levels, 1)]
