@@ -38,8 +38,11 @@ def forward_span(W, U, layout, weights, inputs, kept, out, bounds, span, vectors
 
 
 @entry
-def forward_tasks(share, W, U, layout, weights, inputs, kept, out, ends):
-    """out (batch, length, dim) = the gated output, left alone where there is no gate; ends (batch, blocks N, W) = the last states, if it has rows."""
+def forward_tasks(share, W, U, layout, weights, inputs, kept, out, starts, ends):
+    """out (batch, length, dim) = the gated output, left alone where there is no gate.
+
+    starts, ends (batch, blocks N, W): the states before the first token, zeros where it has no rows, and those after the last, if it has rows.
+    """
     u, low, BC, z = inputs
     (blocks, N, _), length = weights.A.shape, u.shape[1]
     step = chunk(length) * max(1, 64 // chunk(length))
@@ -49,6 +52,8 @@ def forward_tasks(share, W, U, layout, weights, inputs, kept, out, ends):
         for i in range(i0, i1):
             here, keep = Inputs(u[i], low[i], gather(U, BC[i], (layout.b0, layout.c0), layout.N), z[i]), Kept(kept.y[i], kept.marks[i])
             state[b0 * N : b1 * N] = ZERO
+            if len(starts):
+                state[b0 * N : b1 * N] = starts[i, b0 * N : b1 * N]
             for t in range(0, length, step):
                 forward_span(W, U, layout, weights, here, keep, out[i], (b0, b1), (t, min(t + step, length), -t), vectors, state)
             if len(ends):
@@ -115,8 +120,8 @@ def sequence_backward(W, U, layout, weights, inputs, kept, dout, dinputs, gradie
 
 
 @entry
-def backward_tasks(share, W, U, layout, weights, inputs, kept, dout, dends, dinputs, gradients):
-    """Gradients of forward_tasks, those of weights for each group; dends (batch, blocks N, W) is that of the last states, or has no rows.
+def backward_tasks(share, W, U, layout, weights, inputs, kept, dout, dstarts, dends, dinputs, gradients):
+    """Gradients of forward_tasks, those of weights for each group; dstarts, dends (batch, blocks N, W) those of the first and the last states, or without rows.
 
     dinputs.low (batch, length, dim) is that of the step sizes before the softplus, dinputs.BC (split, batch, length, 2 N) that of B and C by shares.
     """
@@ -134,3 +139,5 @@ def backward_tasks(share, W, U, layout, weights, inputs, kept, dout, dends, dinp
                 scratch.adjoint[b0 * N : b1 * N] = dends[i, b0 * N : b1 * N]
             dhere = Inputs(dinputs.u[i], dinputs.low[i], dinputs.BC[s, i], dinputs.z[i])
             sequence_backward(W, U, layout, weights, here, keep, dout[i], dhere, mine, (b0, b1), scratch)
+            if len(dstarts):
+                dstarts[i, b0 * N : b1 * N] = scratch.adjoint[b0 * N : b1 * N]

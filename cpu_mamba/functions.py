@@ -18,7 +18,7 @@ if not MISSING:
     from .conv import conv_backward_tasks, conv_tasks
     from .lanes import LOG2E, width
     from .scan import Gradients, Inputs, Kept, Layout, Weights, marks_rows
-    NO_ENDS = np.empty((0, 1, 1), np.float32)
+    NO_STATES = np.empty((0, 1, 1), np.float32)
 
 NARROW = 8  # rank of the step sizes up to which the kernels take W_dt themselves
 STATES = 4  # of a tile: independent work for the processor while a sum waits for the one before
@@ -62,6 +62,11 @@ def blocked(A):
 def unblocked(A, N):
     """The opposite, of tensors: (..., dim, N)."""
     return A[..., :N, :].transpose(-1, -2).flatten(-3, -2)
+
+
+def states_of(states):
+    """States (batch, dim, N) as the kernels want them, (batch, blocks N, W); None has no rows."""
+    return NO_STATES if states is None else (of := blocked(array(states))).reshape(len(of), -1, of.shape[-1])
 
 
 def room(*shape):
@@ -108,7 +113,7 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     @outside_autocast
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, softplus):
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, softplus):
         (batch, dim, length), N = u.shape, A.shape[1]
         layout, weights, inputs = SelectiveScan.call(u, delta, A, B, C, D, z, delta_bias, softplus)
         blocks, whole, W = weights.A.shape
@@ -116,8 +121,8 @@ class SelectiveScan(torch.autograd.Function):
         y = torch.empty_like(out) if layout.gated else out
         marks, last = u.new_empty(batch, marks_rows(length, blocks, whole), W), u.new_empty(batch, blocks * whole, W)
         kept = Kept(y.numpy(), marks.numpy())
-        over_shares(forward_tasks, shares(batch, blocks), *channels(dim), layout, weights, inputs, kept, out.numpy(), last.numpy())
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, y if layout.gated else None, marks)
+        over_shares(forward_tasks, shares(batch, blocks), *channels(dim), layout, weights, inputs, kept, out.numpy(), states_of(initial_state), last.numpy())
+        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, y if layout.gated else None, marks)
         ctx.set_materialize_grads(False)
         ctx.softplus = softplus
         return out, unblocked(last.view(batch, blocks, whole, W), N).contiguous()
@@ -127,23 +132,26 @@ class SelectiveScan(torch.autograd.Function):
     def backward(ctx, dout, dlast):
         *given, y, marks = ctx.saved_tensors
         if dout is None and dlast is None:
-            return (None,) * 9
+            return (None,) * 10
         if torch.is_grad_enabled() or not fits(dout, dlast):
             def reference(*inputs):
-                out, last = selective_scan_ref(*inputs, ctx.softplus, return_last_state=True)
+                out, last = selective_scan_ref(*inputs[:-1], ctx.softplus, True, inputs[-1])
                 return out.transpose(1, 2), last
-            return *plain_gradients(ctx, reference, given, (dout, dlast))[:8], None
-        layout, weights, inputs = SelectiveScan.call(*given, ctx.softplus)
+            return *plain_gradients(ctx, reference, given, (dout, dlast))[:9], None
+        layout, weights, inputs = SelectiveScan.call(*given[:-1], ctx.softplus)
         (batch, length, dim), N = inputs.u.shape, layout.N
         dout = marks.new_zeros(batch, length, dim) if dout is None else dout
-        parts, ends = shares(batch, len(weights.A)), NO_ENDS if dlast is None else blocked(array(dlast)).reshape(batch, -1, weights.A.shape[2])
+        parts, ends = shares(batch, len(weights.A)), states_of(dlast)
+        blocks, whole, W = weights.A.shape
+        starts = NO_STATES if given[-1] is None else room(batch, blocks * whole, W)
         dinputs = Inputs(*map(np.empty_like, inputs))._replace(BC=room(parts[0].split, batch, length, 2 * N))
         gradients = gradients_of(parts[0].groups, weights)
         kept = Kept(inputs.u if y is None else y.numpy(), marks.numpy())
-        over_shares(backward_tasks, parts, *channels(dim), layout, weights, inputs, kept, array(dout), ends, dinputs, gradients)
+        over_shares(backward_tasks, parts, *channels(dim), layout, weights, inputs, kept, array(dout), starts, ends, dinputs, gradients)
         du, ddelta, dBC, dz = (torch.from_numpy(a).transpose(-1, -2) for a in dinputs)
         dBC, dbias, dA, dD = summed(dBC.numpy()), *map(summed, gradients)
-        results = du, ddelta, unblocked(dA, N), dBC[:, :N], dBC[:, N:], dD[0], dz, dbias[0]
+        dstate = unblocked(torch.from_numpy(starts).view(batch, blocks, whole, W), N) if len(starts) else None
+        results = du, ddelta, unblocked(dA, N), dBC[:, :N], dBC[:, N:], dD[0], dz, dbias[0], dstate
         return *(g if needed else None for g, needed in zip(results, ctx.needs_input_grad)), None
 
 
@@ -202,7 +210,7 @@ class MambaInner(torch.autograd.Function):
         low = u.view(-1, dim) @ W_x.t()  # step sizes before W_dt, B, C: R + 2 N columns
         marks = xz.new_empty(batch, marks_rows(length, *weights.A.shape[:2]), W.size)
         inputs = Inputs(u.numpy(), MambaInner.steps(low, W_dt).view(shape).numpy(), low.view(shape).numpy(), xz_)
-        over_shares(forward_tasks, parts, W, U, layout, weights, inputs, Kept(y.numpy(), marks.numpy()), out.numpy(), NO_ENDS)
+        over_shares(forward_tasks, parts, W, U, layout, weights, inputs, Kept(y.numpy(), marks.numpy()), out.numpy(), NO_STATES, NO_STATES)
         ctx.save_for_backward(xz, conv_weight, conv_bias, W_x, W_dt, dt_bias, A, D, u, low, y, marks)
         return out
 
@@ -221,7 +229,7 @@ class MambaInner(torch.autograd.Function):
         gradients = gradients_of(parts[0].groups, ctx.weights)
         inputs = Inputs(u.numpy(), steps.view(batch, length, -1).numpy(), low.view(batch, length, -1).numpy(), xz_)
         dinputs, kept = Inputs(du.numpy(), dsteps.view(batch, length, dim).numpy(), dBC, dxz.numpy()), Kept(y.numpy(), marks.numpy())
-        over_shares(backward_tasks, parts, W, U, ctx.layout, ctx.weights, inputs, kept, array(dout), NO_ENDS, dinputs, gradients)
+        over_shares(backward_tasks, parts, W, U, ctx.layout, ctx.weights, inputs, kept, array(dout), NO_STATES, NO_STATES, dinputs, gradients)
         dlow[:, R:] = summed(dBC).view(-1, 2 * N)
         dlow[:, :R] = dsteps @ W_dt
         du.view(-1, dim).addmm_(dlow, W_x)
@@ -318,20 +326,20 @@ def check(first, like, wanted):
         if tuple(tensor.shape) not in shapes:
             needed = " or ".join(map(str, shapes))
             raise ValueError(f"{name} of shape {tuple(tensor.shape)}: {needed} is needed beside {first} of shape {tuple(like.shape)}")
-        if not (tensor.is_floating_point() or tensor.is_complex() and name in "ABC"):
+        if not (tensor.is_floating_point() or tensor.is_complex() and name in ("A", "B", "C", "initial_state")):
             raise TypeError(f"{name} of dtype {tensor.dtype}: a floating dtype is needed")
         if tensor.device != like.device:
             raise ValueError(f"{name} on {tensor.device}: that of {first}, {like.device}, is needed")
 
 
-def check_scan(u, delta, A, B, C, D, z, delta_bias):
+def check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state):
     """Raise what selective_scan_fn says."""
     check_tensors(u=u, A=A, B=B, C=C)
     if u.dim() != 3 or A.dim() != 2 or not (u.shape[2] and A.shape[1]):
         raise ValueError(f"u of shape {tuple(u.shape)}, A of shape {tuple(A.shape)}: (batch, dim, length) and (dim, state) are needed, with a length "
                          "and a state of at least 1")
-    for name, x in dict(B=B, C=C).items():
-        if x.is_complex() and not A.is_complex():
+    for name, x in dict(B=B, C=C, initial_state=initial_state).items():
+        if x is not None and x.is_complex() and not A.is_complex():
             raise TypeError(f"{name} of dtype {x.dtype}: a floating dtype is needed beside A of dtype {A.dtype}")
     (batch, dim, length), N = u.shape, A.shape[1]
 
@@ -341,7 +349,7 @@ def check_scan(u, delta, A, B, C, D, z, delta_bias):
         return [(batch, N, steps), (batch, groups, N, steps), (dim, N)]
     whole = tuple(u.shape)
     check("u", u, dict(u=(u, whole), delta=(delta, whole), A=(A, (dim, N)), B=(B, coefficients(B)), C=(C, coefficients(C)), D=(D, (dim,)),
-                       z=(z, whole), delta_bias=(delta_bias, (dim,))))
+                       z=(z, whole), delta_bias=(delta_bias, (dim,)), initial_state=(initial_state, (batch, dim, N))))
 
 
 def decays(delta, A, delta_bias, delta_softplus):
@@ -352,30 +360,30 @@ def decays(delta, A, delta_bias, delta_softplus):
 
 def selective_scan_fn(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None = None,
                       z: torch.Tensor | None = None, delta_bias: torch.Tensor | None = None, delta_softplus: bool = False,
-                      return_last_state: bool = False):
+                      return_last_state: bool = False, initial_state: torch.Tensor | None = None):
     """Selective scan with the signature, layouts and results of mamba_ssm's `selective_scan_fn` (Mamba paper, Section 3.3).
 
     u, delta, z (batch, dim, length); A (dim, state); B, C (batch, state, length), (batch, groups, state, length) or (dim, state);
     D, delta_bias (dim,). Returns (batch, dim, length) in the dtype of u and, if asked, the last state (batch, dim, state); both are
-    differentiable in every tensor. float32 and half precision on the CPU run in the fused kernel, in float32. The plain recurrence
+    differentiable in every tensor. `initial_state` (batch, dim, state), beyond mamba_ssm's: the last state of what came before, else zeros. float32 and half precision on the CPU run in the fused kernel, in float32. The plain recurrence
     (`selective_scan_ref`) takes all else: other dtypes and devices, B or C (dim, state), complex A (its B and C (..., 2 length), real and
     imaginary parts side by side), states that could grow (delta A > 0), PyTorch's transforms and tracers, second derivatives.
     Raises ValueError for shapes and devices that do not fit, TypeError for what is no floating tensor.
     """
-    check_scan(u, delta, A, B, C, D, z, delta_bias)
-    given = u, delta, A, B, C, D, z, delta_bias
+    given = u, delta, A, B, C, D, z, delta_bias, initial_state
+    check_scan(*given)
     if not (fits(*given) and B.dim() > 2 and C.dim() > 2 and decays(delta, A, delta_bias, delta_softplus)):
-        return selective_scan_ref(*given, delta_softplus, return_last_state)
+        return selective_scan_ref(*given[:-1], delta_softplus, return_last_state, initial_state)
     out, last = grouped_scan(*as_float32(given), delta_softplus)
     out = out.transpose(1, 2).to(u.dtype)
     return (out, last) if return_last_state else out
 
 
-def grouped_scan(u, delta, A, B, C, D, z, delta_bias, softplus):
+def grouped_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, softplus):
     """SelectiveScan for each group of channels that share B and C."""
     groups = math.lcm(*(x.shape[1] if x.dim() == 4 else 1 for x in (B, C)))
     B, C = (x if x.dim() == 4 else x[:, None] for x in (B, C))
     part = lambda x, axis, g: x if x is None or groups == 1 else x.chunk(groups, axis)[g]
     results = [SelectiveScan.apply(part(u, 1, g), part(delta, 1, g), part(A, 0, g), B[:, g * B.shape[1] // groups], C[:, g * C.shape[1] // groups],
-                                   part(D, 0, g), part(z, 1, g), part(delta_bias, 0, g), softplus) for g in range(groups)]
+                                   part(D, 0, g), part(z, 1, g), part(delta_bias, 0, g), part(initial_state, 1, g), softplus) for g in range(groups)]
     return results[0] if groups == 1 else [torch.cat(parts, axis) for parts, axis in zip(zip(*results), (2, 1))]

@@ -60,8 +60,8 @@ class Mamba(nn.Module):
     def forward(self, x: torch.Tensor, inference_params=None, last: bool = False) -> torch.Tensor:
         """(batch, length, d_model) to the same, or with last=True to (batch, 1, d_model).
 
-        `inference_params` as mamba_ssm's, with a dict `key_value_memory_dict` of states by layer_idx and an int `seqlen_offset`: at 0 the
-        states after x are kept there, later x is one token more. Raises ValueError for another shape and without a layer_idx for it.
+        `inference_params` as mamba_ssm's, with a dict `key_value_memory_dict` of states by layer_idx and an int `seqlen_offset`: the
+        states after x are kept there, and at more than 0 x continues what came before, by any number of tokens. Raises ValueError for another shape and without a layer_idx for it.
         """
         if x.dim() != 3 or x.shape[1] < 1:
             raise ValueError(f"x of shape {tuple(x.shape)}: (batch, length, d_model={self.d_model}), a length of at least 1, is needed")
@@ -98,10 +98,11 @@ class Mamba(nn.Module):
         """What the scan of this layer gets: (u, delta, A, B, C, z), time last, delta after the softplus (Mamba paper, Algorithm 2)."""
         return self.scan_inputs(self.in_proj(x))
 
-    def scan_inputs(self, xz):
-        """The same from in_proj's output, through the submodules."""
+    def scan_inputs(self, xz, before=None):
+        """The same from in_proj's output, through the submodules; `before` (batch, d_inner, any) are the convolution's inputs of earlier tokens."""
         x, z = xz.transpose(1, 2).chunk(2, 1)  # (batch, d_inner, length) each
-        u = F.silu(self.conv1d(x)[..., : x.shape[2]])
+        earlier = 0 if before is None else before.shape[2]
+        u = F.silu(self.conv1d(torch.cat((before, x), 2) if earlier else x)[..., earlier : earlier + x.shape[2]])
         low, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], 2)
         delta = F.softplus(self.dt_proj(low)).transpose(1, 2)
         return u, delta, self.A(), B.transpose(1, 2), C.transpose(1, 2), z
@@ -133,12 +134,16 @@ class Mamba(nn.Module):
         if self.layer_idx not in states:
             states[self.layer_idx] = self.allocate_inference_cache(len(x))
         conv_state, ssm_state = states[self.layer_idx]
-        if inference_params.seqlen_offset > 0:
+        later = inference_params.seqlen_offset > 0
+        if later and x.shape[1] == 1:
             return self.step(x, conv_state, ssm_state)[0]
         xz = self.in_proj(x)
-        u, delta, A, B, C, z = self.scan_inputs(xz)
-        y, end = selective_scan_fn(u, delta, A, B, C, self.D, z, return_last_state=True)
-        conv_state.copy_(F.pad(xz[..., : self.d_inner].transpose(1, 2), (self.d_conv - x.shape[1], 0)))
+        before, state = (conv_state.to(xz.dtype), ssm_state.clone()) if later else (None, None)
+        u, delta, A, B, C, z = self.scan_inputs(xz, before)
+        y, end = selective_scan_fn(u, delta, A, B, C, self.D, z, return_last_state=True, initial_state=state)
+        window = xz[..., : self.d_inner].transpose(1, 2)
+        window = torch.cat((before, window), 2) if later else F.pad(window, (self.d_conv, 0))
+        conv_state.copy_(window[..., -self.d_conv :])
         ssm_state.copy_(end)
         y = y.transpose(1, 2)
         return self.out_proj(y[:, -1:] if last else y)

@@ -44,14 +44,15 @@ def over_channels(coefficients, dim, dtype):
     return coefficients[:, None].to(dtype)
 
 
-def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, initial_state=None):
     """The recurrence as the paper writes it (Mamba paper, eq. 2), step by step, with mamba_ssm's arguments.
 
     u, delta, z (batch, dim, length); A (dim, state); B, C (batch, state, length), (batch, groups, state, length) or (dim, state);
     D, delta_bias (dim,). A may be complex; B and C that vary then hold real and imaginary parts side by side, (..., 2 length).
-    Returns (batch, dim, length) in the dtype of u and, if asked, the last state (batch, dim, state).
+    Returns (batch, dim, length) in the dtype of u and, if asked, the last state (batch, dim, state). `initial_state` (batch, dim, state): the state
+    before the first token, else zeros.
     """
-    real = work_dtype(u, delta, A, B, C, D, z, delta_bias)
+    real = work_dtype(u, delta, A, B, C, D, z, delta_bias, initial_state)
     full = real if not A.is_complex() else torch.complex64 if real == torch.float32 else torch.complex128
     dim, x, delta = u.shape[1], u.to(real), delta.to(real)
     if delta_bias is not None:
@@ -59,7 +60,8 @@ def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta
     if delta_softplus:
         delta = F.softplus(delta)
     A, B, C = A.to(full), over_channels(B, dim, full), over_channels(C, dim, full)
-    h, ys = torch.zeros_like(x[:, :, :1] * A), []  # (batch, dim, state)
+    h = torch.zeros_like(x[:, :, :1] * A) if initial_state is None else initial_state.to(full)  # (batch, dim, state)
+    ys = []
     for t in range(u.shape[2]):
         here = min(t, B.shape[3] - 1), min(t, C.shape[3] - 1)
         h = torch.exp(delta[:, :, t, None] * A) * h + (delta[:, :, t] * x[:, :, t])[..., None] * B[..., here[0]]

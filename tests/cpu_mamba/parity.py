@@ -14,7 +14,7 @@ def scan_inputs(batch, dim, length, N, seed, extreme=False):
     delta = 10 ** (torch.rand(batch, dim, length, generator=g) * 7.7 - 6) if extreme else r(batch, dim, length)
     A = -torch.rand(dim, N, generator=g) * 64 if extreme else -torch.arange(1.0, N + 1).repeat(dim, 1) * (0.5 + torch.rand(dim, 1, generator=g))
     return dict(u=r(batch, dim, length), delta=delta, A=A, B=r(batch, N, length), C=r(batch, N, length), D=r(dim), z=r(batch, dim, length),
-                delta_bias=r(dim) - 2)
+                delta_bias=r(dim) - 2, initial_state=r(batch, dim, N))
 
 
 def double(arguments):

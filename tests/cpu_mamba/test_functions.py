@@ -33,7 +33,13 @@ def conv_inputs(batch=2, dim=6, length=8, width=3):
 
 
 silu = lambda function: lambda x, weight, bias: function(x, weight, bias, activation="silu")
-stepped = lambda function: lambda *args, **named: function(*args, **named, delta_softplus=True)
+
+
+def stepped(function):
+    """A scan with softplus, its tensors by place or by name."""
+    return lambda *args, **named: function(*args[:8], **dict(initial_state=args[8]) if len(args) > 8 else {}, **named, delta_softplus=True)
+
+
 OPERATORS = {"scan": (stepped(selective_scan_fn), stepped(selective_scan_ref), lambda: scan_inputs(2, 4, 9, 3, 0)),
              "conv": (silu(causal_conv1d_fn), silu(causal_conv1d_ref), conv_inputs), "inner": (mamba_inner_fn, mamba_inner_ref, inner_inputs)}
 every_operator = pytest.mark.parametrize("fn, ref, make", OPERATORS.values(), ids=OPERATORS)
@@ -103,8 +109,8 @@ def test_B_and_C_of_every_kind(kind_B, kind_C):
         x = x if x.dim() == 4 else x[:, None]
         return x[:, torch.arange(dim) * x.shape[1] // dim]
 
-    def recurrence(u, delta, A, B, C, D, z, delta_bias, **_):
-        delta, B, C, h, ys = nn.functional.softplus(delta + delta_bias[:, None]), whole(B), whole(C), 0, []
+    def recurrence(u, delta, A, B, C, D, z, delta_bias, initial_state, **_):
+        delta, B, C, h, ys = nn.functional.softplus(delta + delta_bias[:, None]), whole(B), whole(C), initial_state, []
         for t in range(length):
             h = torch.exp(delta[:, :, t, None] * A) * h + delta[:, :, t, None] * u[:, :, t, None] * B[..., t]
             ys.append((h * C[..., t]).sum(-1))

@@ -118,7 +118,7 @@ def test_tokens_equal_the_sequence(calls, batch, dim, N, absent):
     """Token after token gives the outputs and the last state of selective_scan_fn and causal_conv1d_fn."""
     a = {k: v for k, v in scan_inputs(batch, dim, 12, N, N).items() if k not in absent}
     want, last = selective_scan_fn(**{k: v.double() for k, v in a.items()}, delta_softplus=True, return_last_state=True)
-    x, weight, state = a["u"], torch.randn(dim, 4), torch.zeros(batch, dim, N)
+    x, weight, state = a["u"], torch.randn(dim, 4), a["initial_state"].clone()
     window, convolved = torch.zeros(batch, dim, 4), causal_conv1d_fn(x.double(), weight.double(), activation="silu")
     for t in range(12):
         z = a["z"][..., t] if "z" in a else None
@@ -282,6 +282,21 @@ def test_inference_params(calls, prompt):
     assert list(params.key_value_memory_dict) == [3] and len(calls) == 2 * 2 * (10 - prompt)
     with pytest.raises(ValueError, match="layer_idx"):
         Mamba(24)(x, inference_params=params)
+
+
+@pytest.mark.parametrize("spoil", [lambda layer: None, lambda layer: layer.double(), lambda layer: setattr(layer, "x_proj", torch.nn.Sequential(layer.x_proj))])
+@pytest.mark.parametrize("cuts", [(1, 2, 3), (4, 50), (2, 3, 70, 71)])
+def test_a_prompt_in_parts(cuts, spoil):
+    """Parts of any length one after the other are the whole sequence, at the memory of a part."""
+    layer = Mamba(24, layer_idx=0)
+    spoil(layer)
+    x, params = torch.randn(2, 80, 24, dtype=layer.D.dtype), SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    with torch.no_grad():
+        want, parts = layer(x), []
+        for part in x.tensor_split(cuts, 1):
+            parts.append(layer(part, inference_params=params))
+            params.seqlen_offset += part.shape[1]
+    assert relative(torch.cat(parts, 1), want) < 1e-5
 
 
 def test_references_stand_for_the_operators():

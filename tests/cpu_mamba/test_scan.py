@@ -23,7 +23,7 @@ def test_scan_equals_the_recurrence(calls, batch, dim, length, N, softplus):
     assert calls == ["forward_tasks", "backward_tasks"]
 
 
-@pytest.mark.parametrize("absent", [("D",), ("z",), ("D", "z"), ("delta_bias",), ("D", "z", "delta_bias")])
+@pytest.mark.parametrize("absent", [("D",), ("z",), ("D", "z"), ("delta_bias",), ("initial_state",), ("D", "z", "delta_bias", "initial_state")])
 def test_optional_arguments(calls, absent):
     """Skip, gate and bias may be left out, each alone and together."""
     arguments = {k: v for k, v in scan_inputs(2, 16, 20, 16, 1).items() if k not in absent}
@@ -65,6 +65,22 @@ def test_a_state_that_grows(calls, name):
     assert not calls
 
 
+@pytest.mark.parametrize("cut", [1, 30, 64])
+def test_a_scan_in_two_parts(calls, cut):
+    """The last state of one part as the initial one of the next: outputs and gradients are those of the whole, through the state as well."""
+    whole = scan_inputs(2, 16, 100, 16, 4) | dict(delta_softplus=True, return_last_state=True)
+
+    def in_parts(**given):
+        outputs, state = [], given["initial_state"]
+        for part in (slice(None, cut), slice(cut, None)):
+            here = {k: v[..., part] if k in ("u", "delta", "B", "C", "z") else v for k, v in given.items()}
+            y, state = selective_scan_fn(**here | dict(initial_state=state))
+            outputs.append(y)
+        return torch.cat(outputs, 2), state
+    assert_parity(in_parts, selective_scan_ref, whole)
+    assert calls == 2 * ["forward_tasks"] + 2 * ["backward_tasks"]
+
+
 def test_extreme_gates(calls):
     """A gate far from 0 on either side is 0 or passes all, and its gradient is finite."""
     arguments = scan_inputs(2, 16, 20, 16, 5) | dict(delta_softplus=True)
@@ -85,7 +101,7 @@ def test_nan_and_infinity_come_out(calls):
 def test_reference_against_finite_differences():
     """The reference that the kernel is held to has itself the gradient that float64 finite differences give."""
     arguments = [v.double().requires_grad_() for v in scan_inputs(1, 2, 5, 3, 0).values()]
-    assert torch.autograd.gradcheck(lambda *a: selective_scan_ref(*a, delta_softplus=True), arguments, eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(lambda *a: selective_scan_ref(*a[:-1], True, False, a[-1]), arguments, eps=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
