@@ -48,7 +48,7 @@ def tidy(runs):
         for r, ambiguous in zip(members, same):
             s = r["setting"]
             row = {"problem": f"{group} {s['rate']:g}" if ambiguous else group} | {k: s[k] for k in LETTERS} | {"seed": s["seed"]}
-            accuracy += [row | {"length": length, "n": s["n"], "correct": correct} for length, correct in r["accuracy"]]
+            accuracy += [row | {"length": length, "n": n, "correct": correct} for length, correct, n in r["accuracy"]]
             convergence += [row | {"step": step, "n": s["n"], "correct": correct} for step, correct in r["curve"]]
     columns = ["problem", *LETTERS, "seed"]
     return tuple(pd.DataFrame(rows, columns=[*columns, x, "n", "correct"]) for rows, x in ((accuracy, "length"), (convergence, "step")))

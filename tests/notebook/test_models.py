@@ -1,6 +1,7 @@
 """The five models: shapes, causality, positions, the fused step beside the plain one."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -194,3 +195,27 @@ def test_the_23_configurations(recall):
     assert all(list(recall.test_lengths(s)) == list(range(s.tau + 2, 193)) for s in reported)
     searched = {s.seed for group in ("search", "check") for s in recall.EXPERIMENTS[group]}
     assert not searched & {s.seed for s in reported}
+
+
+def test_a_stream_is_the_model(recall, generator, monkeypatch):
+    """Part after part gives the logits of the whole; `evaluate` streams where a sequence of a model of Mamba layers is longer than its chunk."""
+    model = recall.build_model("mamba")
+    tokens, values = recall.sample_batch(5, 200, 16, 4, 1, generator)
+    want = recall.PlainStep(model).logits(tokens)
+    for part in (1, 64, 200):
+        assert torch.allclose(recall.stream(model, tokens, part), want, atol=1e-5)
+    right, used, stream = int((want.argmax(-1) == values).sum()), [], recall.stream
+    monkeypatch.setitem(recall.evaluate.__globals__, "stream", lambda *a: used.append(1) or stream(*a))
+    for name, chunk, streamed in (("mamba", 100, True), ("mamba", 1_000, False), ("hybrid", 100, False)):
+        used.clear()
+        net = model if name == "mamba" else recall.build_model(name)
+        found = recall.evaluate(net, tokens, values, chunk)
+        assert bool(used) == streamed and (name != "mamba" or found == right)
+
+
+def test_powers_of_two(recall):
+    """A setting with `powers` is tested at 2^6 .. 2^powers, by fewer sequences where they are long, each row with their number."""
+    s = recall.Setting("mamba", powers=17)
+    assert list(recall.test_lengths(s)) == [2**k for k in range(6, 18)] and [recall.sequences(s, n) for n in (64, 4096, 8192, 2**17)] == [1000, 1000, 512, 64]
+    done = recall.run(replace(s, budget=2, longest=2, every=1, patience=1, n=3, powers=7))
+    assert [(length, n) for length, _, n in done["accuracy"]] == [(64, 3), (128, 3)]
