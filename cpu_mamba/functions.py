@@ -71,7 +71,7 @@ def room(*shape):
 def gradients_of(groups, weights):
     """Room for the gradients of the weights, of every group of sequences."""
     blocks, _, W = weights.A.shape
-    return Gradients(room(groups, 1, blocks * W), room(groups, *weights.A.shape), room(groups, 1, blocks * W))
+    return Gradients(room(groups, len(weights.W_dt) + 1, blocks * W), room(groups, *weights.A.shape), room(groups, 1, blocks * W))
 
 
 def summed(a):
@@ -215,21 +215,21 @@ class MambaInner(torch.autograd.Function):
             return plain_gradients(ctx, lambda *inputs: [mamba_inner_ref(*inputs)], given, [dout])
         (batch, length, dim), N, R, (W, U), needed = u.shape, A.shape[1], W_dt.shape[1], channels(len(A)), ctx.needs_input_grad
         parts, xz_, steps = shares(batch, blocks_of(dim)), array(xz), MambaInner.steps(low, W_dt)
-        du, dxz, dlow = torch.empty_like(u), u.new_empty(batch, length, 2 * dim), torch.empty_like(low)
-        dsteps = steps if R > NARROW else torch.empty_like(u).view(-1, dim)  # in their place, where it has the same shape
-        dBC, dconv = room(parts[0].split, batch, length, 2 * N), room(parts[0].groups, conv_weight.shape[1] + 1, dim)
-        gradients = gradients_of(parts[0].groups, ctx.weights)
-        inputs = Inputs(u.numpy(), steps.view(batch, length, -1).numpy(), low.view(batch, length, -1).numpy(), xz_)
-        dinputs, kept = Inputs(du.numpy(), dsteps.view(batch, length, dim).numpy(), dBC, dxz.numpy()), Kept(y.numpy(), marks.numpy())
+        du, dxz = torch.empty_like(u), u.new_empty(batch, length, 2 * dim)
+        dlow, dconv = room(parts[0].split, batch, length, R + 2 * N), room(parts[0].groups, conv_weight.shape[1] + 1, dim)
+        gradients, steps_ = gradients_of(parts[0].groups, ctx.weights), steps.view(batch, length, -1).numpy()
+        inputs = Inputs(u.numpy(), steps_, low.view(batch, length, -1).numpy(), xz_)
+        dinputs, kept = Inputs(du.numpy(), steps_, dlow, dxz.numpy()), Kept(y.numpy(), marks.numpy())
         over_shares(backward_tasks, parts, W, U, ctx.layout, ctx.weights, inputs, kept, array(dout), NO_ENDS, dinputs, gradients)
-        dlow[:, R:] = summed(dBC).view(-1, 2 * N)
-        dlow[:, :R] = dsteps @ W_dt
+        dlow = summed(dlow).view(-1, R + 2 * N)
+        if R > NARROW:  # the gradient of the step sizes is in their place
+            dlow[:, :R] = steps @ W_dt
         du.view(-1, dim).addmm_(dlow, W_x)
         over_shares(conv_backward_tasks, parts, W, xz_, *ctx.taps, True, du.numpy(), dxz.numpy(), dconv)
-        dconv, (dbias, dA, dskip) = summed(dconv), map(summed, gradients)
+        dconv, (dweight, dA, dskip) = summed(dconv), map(summed, gradients)
         dW_x = dlow.t() @ u.view(-1, dim) if needed[3] else None
-        dW_dt = (low[:, :R].t() @ dsteps).t() if needed[4] else None  # several times faster than the transposed product
-        results = dxz, dconv[:-1].t(), dconv[-1], dW_x, dW_dt, dbias[0], unblocked(dA, N), dskip[0]
+        dW_dt = dweight[:R].t() if R <= NARROW else (low[:, :R].t() @ steps).t() if needed[4] else None  # faster than the transposed product
+        results = dxz, dconv[:-1].t(), dconv[-1], dW_x, dW_dt, dweight[-1], unblocked(dA, N), dskip[0]
         return tuple(g if n else None for g, n in zip(results, needed))
 
 

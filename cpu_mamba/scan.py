@@ -240,16 +240,15 @@ def softplus_backward(W, softplus, low, W_dt, bias, ddelta, total, block, span):
 
 
 @kernel
-def steps_backward(W, U, softplus, low, W_dt, bias, ddelta, block, tiles, dweight):
-    """Takes ddelta through the softplus: gradients for W_dt and bias, and for low, in `tiles` as in scan_backward."""
-    R, length, c = W_dt.shape[0], low.shape[0], block * size_of(W)
-    row = block * length
-    store(W, dweight, R, c, softplus_backward(W, softplus, low, W_dt, bias, ddelta, load(W, dweight, R, c), block, (0, length, row)))
+def steps_backward(W, U, softplus, low, W_dt, bias, ddelta, block, span, tiles, dweight):
+    """Takes ddelta through the softplus: gradients for W_dt and bias, and for low, in `tiles` as in scan_backward, from the first token on."""
+    (first, last, at), R, c = span, W_dt.shape[0], block * size_of(W)
+    store(W, dweight, R, c, softplus_backward(W, softplus, low, W_dt, bias, ddelta, load(W, dweight, R, c), block, span))
     for r in range(R):
         here, k, column, total = tiles[r // size_of(U)], r % size_of(U) * size_of(W), load(W, W_dt, r, c), load(W, dweight, r, c)
-        for t in range(length):
-            g = load(W, ddelta, row + t, 0)
-            store(W, here, t, k, load(W, here, t, k) + g * column)
+        for t in range(first, last):
+            g = load(W, ddelta, at + t, 0)
+            store(W, here, t - first, k, load(W, here, t - first, k) + g * column)
             total = total + g * low[t, r]
         store(W, dweight, r, c, total)
 
@@ -342,6 +341,6 @@ def inside_backward(W, U, layout, weights, inputs, kept, dout, dinputs, gradient
     for block in range(A.shape[0]):
         row = block * length
         input_backward(W, u, skip, vectors, du, block, (0, length, row))
-        steps_backward(W, U, layout.softplus, low, W_dt, bias, dlog, block, scratch.low_tiles, dweight)
+        steps_backward(W, U, layout.softplus, low, W_dt, bias, dlog, block, (0, length, row), scratch.low_tiles, dweight)
     for k in range(len(scratch.low_tiles)):
         scatter(W, U, scratch.low_tiles[k], length, min(size_of(U), W_dt.shape[0] - k * size_of(U)), dlow, 0, k * size_of(U))
