@@ -107,7 +107,7 @@ def spans(length):
 
 
 @kernel
-def backward_room(W, U, length, blocks, adjoints, N, R):
+def backward_scratch(W, U, length, blocks, adjoints, N, R):
     """Scratch for sequences of one length, shares of up to so many blocks and so many rows of `adjoint`.
 
     Tiles of the gradients of B and C are two, which stay in the first cache, where all blocks are taken at once, else two for each tile of states
@@ -141,7 +141,7 @@ def backward_tasks(share, W, U, layout, weights, inputs, kept, dout, dends, dinp
     """
     u, low, BC, z = inputs
     (blocks, N, w), length = weights.A.shape, u.shape[1]
-    scratch = backward_room(W, U, length, (blocks + share.split - 1) // share.split, blocks * N, N, weights.W_dt.shape[0])
+    scratch = backward_scratch(W, U, length, (blocks + share.split - 1) // share.split, blocks * N, N, weights.W_dt.shape[0])
     for unit in range(share.first, share.last):
         (i0, i1, b0, b1), g, s = place(share, unit, len(u), blocks), unit // share.split, unit % share.split
         mine = Gradients(gradients.W_dt[g], gradients.A[g], gradients.skip[g])
