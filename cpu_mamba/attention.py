@@ -27,6 +27,7 @@ class Block(NamedTuple):
 
 @maker
 def attend_room(E, length):
+    """Room for one head over sequences of one length."""
     arrays = np.empty((4, size_of(E), wide(length)), np.float32)
     return Block(arrays[0], arrays[1], arrays[2], arrays[3], np.empty((1, wide(length)), np.float32))
 
@@ -152,6 +153,7 @@ class AttentionPlan(NamedTuple):
 
 
 class AttentionWeights(NamedTuple):
+    """The matrices of an attention layer, each as x @ it wants it, and transposed."""
     qkv: np.ndarray   # (d, 3 d): x @ qkv
     qkv_T: np.ndarray
     out: np.ndarray   # (d, d)
@@ -159,6 +161,7 @@ class AttentionWeights(NamedTuple):
 
 
 class AttentionGradients(NamedTuple):
+    """Gradients of both, laid out as the parameters lie."""
     qkv: np.ndarray
     out: np.ndarray
 

@@ -87,9 +87,11 @@ class Files:
         self.root, self.base = root, base
 
     def path(self, key):
+        """The file of a signature."""
         return self.root / f"{self.base}-{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}.bin"
 
     def load(self, key):
+        """What is kept for a signature, or None."""
         try:
             name, data = pickle.loads(self.path(key).read_bytes())
             return data if name == repr(key) else None
@@ -97,6 +99,7 @@ class Files:
             return None
 
     def save(self, key, data):
+        """Keep `data` for a signature, whole or not at all."""
         part = None
         try:
             self.root.mkdir(exist_ok=True)
@@ -109,6 +112,7 @@ class Files:
                 os.unlink(part)
 
     def flush(self):
+        """Remove what is kept of this function."""
         for path in self.root.glob(f"{self.base}-*.bin"):
             path.unlink(missing_ok=True)
 

@@ -134,6 +134,7 @@ class Norm(NamedTuple):
 
 @maker
 def norm_open(plan, flat, length):
+    """A norm at work: its weight and bias from the parameters `flat`, room for (length, d)."""
     zeros = np.zeros((2, 1, wide(plan.d)), np.float32)
     return Norm(plan, row(flat, plan.weight, plan.d), row(flat, plan.bias, plan.d), zeros[0], zeros[1],
                 room(length, plan.d), room(length, plan.d), np.empty(length, np.float32))

@@ -17,11 +17,10 @@ if not MISSING:
     from .chunks import backward_tasks, forward_tasks
     from .conv import conv_backward_tasks, conv_tasks
     from .lanes import LOG2E, width
-    from .scan import Gradients, Inputs, Kept, Layout, Weights, marks_rows
+    from .scan import STATES, Gradients, Inputs, Kept, Layout, Weights, marks_rows
     NO_STATES = np.empty((0, 1, 1), np.float32)
 
 NARROW = 8  # rank of the step sizes up to which the kernels take W_dt themselves
-STATES = 4  # of a tile: independent work for the processor while a sum waits for the one before
 
 
 # Layout
@@ -33,20 +32,22 @@ def array(t):
 
 
 def arrays(*tensors):
+    """Each tensor through `array`."""
     return [array(t) for t in tensors]
 
 
-def row(t, dim):
+def one_row(t, dim):
     """(1, dim) from (dim,), zeros from None."""
     return np.zeros((1, dim), np.float32) if t is None else array(t).reshape(1, dim)
 
 
 def channels(dim: int):
     """(W, U) for kernels over `dim` channels."""
-    return width(math.gcd(dim, 16)), width(STATES)
+    return width(math.gcd(dim, 16)), STATES
 
 
 def blocks_of(dim):
+    """Blocks of `channels` that `dim` channels are."""
     return dim // math.gcd(dim, 16)
 
 
@@ -54,7 +55,7 @@ def blocked(A):
     """(..., blocks, N, W) from (..., dim, N), both numpy, N filled up with zeros to whole tiles: how the kernels want A and states."""
     *rest, dim, N = A.shape
     W = math.gcd(dim, 16)
-    out = np.zeros((*rest, dim // W, -(-N // STATES) * STATES, W), np.float32)
+    out = np.zeros((*rest, dim // W, -(-N // STATES.size) * STATES.size, W), np.float32)
     out[..., :N, :] = A.reshape(*rest, dim // W, W, N).swapaxes(-1, -2)
     return out
 
@@ -69,14 +70,15 @@ def states_of(states):
     return NO_STATES if states is None else (of := blocked(array(states))).reshape(len(of), -1, of.shape[-1])
 
 
-def room(*shape):
+def empty(*shape):
+    """An uninitialised float32 array."""
     return np.empty(shape, np.float32)
 
 
 def gradients_of(groups, weights):
     """Room for the gradients of the weights, of every group of sequences."""
     blocks, _, W = weights.A.shape
-    return Gradients(room(groups, 1, blocks * W), room(groups, *weights.A.shape), room(groups, 1, blocks * W))
+    return Gradients(empty(groups, len(weights.W_dt) + 1, blocks * W), empty(groups, *weights.A.shape), empty(groups, 1, blocks * W))
 
 
 def summed(a):
@@ -106,7 +108,7 @@ class SelectiveScan(torch.autograd.Function):
         dim, N = A.shape
         u_, low, BC = arrays(u.transpose(1, 2), delta.transpose(1, 2), torch.cat((B, C), 1).transpose(1, 2))
         A2 = blocked(array(A) * LOG2E)
-        skip, bias = (row(t, dim) for t in (D, delta_bias))
+        skip, bias = (one_row(t, dim) for t in (D, delta_bias))
         z_ = u_ if z is None else array(z.transpose(1, 2))
         layout = Layout(bool(softplus), z is not None, N, 0, N, 0)
         return layout, Weights(np.empty((0, dim), np.float32), bias, A2, skip), Inputs(u_, low, BC, z_)
@@ -143,8 +145,8 @@ class SelectiveScan(torch.autograd.Function):
         dout = marks.new_zeros(batch, length, dim) if dout is None else dout
         parts, ends = shares(batch, len(weights.A)), states_of(dlast)
         blocks, whole, W = weights.A.shape
-        starts = NO_STATES if given[-1] is None else room(batch, blocks * whole, W)
-        dinputs = Inputs(*map(np.empty_like, inputs))._replace(BC=room(parts[0].split, batch, length, 2 * N))
+        starts = NO_STATES if given[-1] is None else empty(batch, blocks * whole, W)
+        dinputs = Inputs(*map(np.empty_like, inputs))._replace(BC=empty(parts[0].split, batch, length, 2 * N))
         gradients = gradients_of(parts[0].groups, weights)
         kept = Kept(inputs.u if y is None else y.numpy(), marks.numpy())
         over_shares(backward_tasks, parts, *channels(dim), layout, weights, inputs, kept, array(dout), starts, ends, dinputs, gradients)
@@ -161,7 +163,7 @@ class CausalConv(torch.autograd.Function):
     @staticmethod
     def call(x, weight, bias, silu):
         """(x, weight, bias, silu) for the kernels, which may read the first columns of a wider x."""
-        return array(x.transpose(1, 2)), array(weight.t()), row(bias, len(weight)), silu
+        return array(x.transpose(1, 2)), array(weight.t()), one_row(bias, len(weight)), silu
 
     @staticmethod
     @outside_autocast
@@ -182,7 +184,7 @@ class CausalConv(torch.autograd.Function):
             return *plain_gradients(ctx, reference, given, [dout])[:3], None
         batch, dim, length = x.shape
         parts, dx = shares(batch, blocks_of(dim)), x.new_empty(batch, length, dim)
-        dweight = room(parts[0].groups, weight.shape[1] + 1, dim)
+        dweight = empty(parts[0].groups, weight.shape[1] + 1, dim)
         over_shares(conv_backward_tasks, parts, channels(dim)[0], *CausalConv.call(*given, ctx.silu), array(dout), dx.numpy(), dweight)
         dweight = summed(dweight)
         results = dx.transpose(1, 2), dweight[:-1].t(), dweight[-1]
@@ -202,8 +204,8 @@ class MambaInner(torch.autograd.Function):
     def forward(ctx, xz, conv_weight, conv_bias, W_x, W_dt, dt_bias, A, D):
         (batch, length, _), (dim, N), (W, U), xz_ = xz.shape, A.shape, channels(len(A)), array(xz)
         R, parts, shape = W_dt.shape[1], shares(batch, blocks_of(dim)), (batch, length, -1)
-        taps, tap_bias = ctx.taps = array(conv_weight.t()), row(conv_bias, dim)
-        weights = ctx.weights = Weights(array(W_dt.t())[: R if R <= NARROW else 0], row(dt_bias, dim), blocked(array(A) * LOG2E), row(D, dim))
+        taps, tap_bias = ctx.taps = array(conv_weight.t()), one_row(conv_bias, dim)
+        weights = ctx.weights = Weights(array(W_dt.t())[: R if R <= NARROW else 0], one_row(dt_bias, dim), blocked(array(A) * LOG2E), one_row(D, dim))
         ctx.layout = layout = Layout(True, True, N, R, R + N, dim)
         u, y, out = (xz.new_empty(batch, length, dim) for _ in range(3))
         over_shares(conv_tasks, parts, W, xz_, taps, tap_bias, True, u.numpy())
@@ -223,27 +225,28 @@ class MambaInner(torch.autograd.Function):
             return plain_gradients(ctx, lambda *inputs: [mamba_inner_ref(*inputs)], given, [dout])
         (batch, length, dim), N, R, (W, U), needed = u.shape, A.shape[1], W_dt.shape[1], channels(len(A)), ctx.needs_input_grad
         parts, xz_, steps = shares(batch, blocks_of(dim)), array(xz), MambaInner.steps(low, W_dt)
-        du, dxz, dlow = torch.empty_like(u), u.new_empty(batch, length, 2 * dim), torch.empty_like(low)
-        dsteps = steps if R > NARROW else torch.empty_like(u).view(-1, dim)  # in their place, where it has the same shape
-        dBC, dconv = room(parts[0].split, batch, length, 2 * N), room(parts[0].groups, conv_weight.shape[1] + 1, dim)
-        gradients = gradients_of(parts[0].groups, ctx.weights)
-        inputs = Inputs(u.numpy(), steps.view(batch, length, -1).numpy(), low.view(batch, length, -1).numpy(), xz_)
-        dinputs, kept = Inputs(du.numpy(), dsteps.view(batch, length, dim).numpy(), dBC, dxz.numpy()), Kept(y.numpy(), marks.numpy())
+        du, dxz = torch.empty_like(u), u.new_empty(batch, length, 2 * dim)
+        dlow, dconv = empty(parts[0].split, batch, length, R + 2 * N), empty(parts[0].groups, conv_weight.shape[1] + 1, dim)
+        gradients, steps_ = gradients_of(parts[0].groups, ctx.weights), steps.view(batch, length, -1).numpy()
+        inputs = Inputs(u.numpy(), steps_, low.view(batch, length, -1).numpy(), xz_)
+        dinputs, kept = Inputs(du.numpy(), steps_, dlow, dxz.numpy()), Kept(y.numpy(), marks.numpy())
         over_shares(backward_tasks, parts, W, U, ctx.layout, ctx.weights, inputs, kept, array(dout), NO_STATES, NO_STATES, dinputs, gradients)
-        dlow[:, R:] = summed(dBC).view(-1, 2 * N)
-        dlow[:, :R] = dsteps @ W_dt
+        dlow = summed(dlow).view(-1, R + 2 * N)
+        if R > NARROW:  # the gradient of the step sizes is in their place
+            dlow[:, :R] = steps @ W_dt
         du.view(-1, dim).addmm_(dlow, W_x)
         over_shares(conv_backward_tasks, parts, W, xz_, *ctx.taps, True, du.numpy(), dxz.numpy(), dconv)
-        dconv, (dbias, dA, dskip) = summed(dconv), map(summed, gradients)
+        dconv, (dweight, dA, dskip) = summed(dconv), map(summed, gradients)
         dW_x = dlow.t() @ u.view(-1, dim) if needed[3] else None
-        dW_dt = (low[:, :R].t() @ dsteps).t() if needed[4] else None  # several times faster than the transposed product
-        results = dxz, dconv[:-1].t(), dconv[-1], dW_x, dW_dt, dbias[0], unblocked(dA, N), dskip[0]
+        dW_dt = dweight[:R].t() if R <= NARROW else (low[:, :R].t() @ steps).t() if needed[4] else None  # faster than the transposed product
+        results = dxz, dconv[:-1].t(), dconv[-1], dW_x, dW_dt, dweight[-1], unblocked(dA, N), dskip[0]
         return tuple(g if n else None for g, n in zip(results, needed))
 
 
 # Public operators
 
 def as_float32(tensors):
+    """The tensors in float32, None as it is."""
     return [t if t is None or t.dtype == torch.float32 else t.float() for t in tensors]
 
 
@@ -311,6 +314,7 @@ def causal_conv1d_fn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 
 def check_tensors(**tensors):
+    """Raise TypeError for what is no tensor, by its name."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} of type {type(tensor).__name__}: a tensor is needed")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .functions import array, check, check_tensors, row
+from .functions import array, check, check_tensors, one_row
 from .paths import MISSING, fits, over_batch, untouched
 from .reference import causal_conv1d_ref, work_dtype
 
@@ -58,6 +58,7 @@ def selective_state_update_ref(state, x, dt, A, B, C, D=None, z=None, dt_bias=No
 # From tensors to kernels
 
 def lanes(size):
+    """The vector width for kernels over `size` channels."""
     return width(math.gcd(size, 16))
 
 
@@ -67,6 +68,7 @@ def writable(*tensors) -> bool:
 
 
 def no_gradient(*tensors) -> bool:
+    """Whether autograd wants no gradient for any of these (None passes)."""
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
@@ -93,7 +95,7 @@ def conv_token(x, conv_state, weight, bias, silu):
     """One token, x (batch, at least dim), weight (dim, width), by the kernel: (batch, dim)."""
     (batch, dim, columns), out = conv_state.shape, x.new_empty(len(x), len(weight))
     state = conv_state.detach().view(batch * dim, columns).numpy()
-    share(conv_update_batch, batch, batch * dim * columns, lanes(dim), array(x), state, array(weight), row(bias, dim), silu, out.numpy())
+    share(conv_update_batch, batch, batch * dim * columns, lanes(dim), array(x), state, array(weight), one_row(bias, dim), silu, out.numpy())
     changed(conv_state)
     return out
 
@@ -103,7 +105,7 @@ def state_token(form, state, x, dt, A, B, C, D, z, dt_bias):
     (batch, dim, N), out = state.shape, x.new_empty(x.shape)
     x_, B_ = array(x), array(B)
     token = Token(x_, array(dt), B_, B_ if C is B else array(C), x_ if z is None else array(z))
-    parameters = Parameters(array(A), row(D, dim), row(dt_bias, dim))
+    parameters = Parameters(array(A), one_row(D, dim), one_row(dt_bias, dim))
     h = state.detach().view(batch * dim, N).numpy()
     share(state_update_batch, batch, batch * dim * N, lanes(dim), lanes(N), form, parameters, h, token, out.numpy())
     changed(state)
@@ -126,7 +128,8 @@ def causal_conv1d_update(x: torch.Tensor, conv_state: torch.Tensor, weight: torc
     check_tensors(x=x, conv_state=conv_state, weight=weight)
     if x.dim() not in (2, 3) or weight.dim() != 2 or conv_state.dim() != 3 or not weight.shape[1] or conv_state.shape[2] < weight.shape[1] - 1:
         raise ValueError(f"x of shape {tuple(x.shape)}, conv_state of shape {tuple(conv_state.shape)}, weight of shape {tuple(weight.shape)}: "
-                         "(batch, dim) or (batch, dim, length), (batch, dim, at least width - 1) and (dim, width) are needed, with a width of at least 1")
+                         "(batch, dim) or (batch, dim, length), (batch, dim, at least width - 1) and (dim, width) are needed, "
+                         "with a width of at least 1")
     batch, dim = x.shape[:2]
     check("x", x, dict(x=(x, tuple(x.shape)), conv_state=(conv_state, (batch, dim, conv_state.shape[2])), weight=(weight, (dim, weight.shape[1])),
                        bias=(bias, (dim,))))

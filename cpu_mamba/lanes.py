@@ -84,6 +84,7 @@ register_model(Width)(models.OpaqueModel)
 
 @unbox(Width)
 def unbox_width(kind, value, context):
+    """From Python to compiled code: nothing to carry, the size is in the type."""
     return NativeValue(context.context.get_dummy_value())
 
 
@@ -97,22 +98,26 @@ class Lanes(types.Type):
 
 @register_model(Lanes)
 class LanesModel(models.PrimitiveModel):
+    """How Numba stores `Lanes`: as LLVM's vector."""
     def __init__(self, manager, fe_type):
         super().__init__(manager, fe_type, ir.VectorType(FLOAT, fe_type.size))
 
 
 @intrinsic
 def size_of(typingctx, W):
+    """The number of a `Width`, known to the compiler."""
     return types.intp(W), lambda context, builder, signature, args: ir.Constant(ir.IntType(64), W.size)
 
 
 @intrinsic
 def times(typingctx, W, U):
+    """W * U for two `Width`s, a `Width` too."""
     return Width(W.size * U.size)(W, U), lambda context, builder, signature, args: context.get_dummy_value()
 
 
 @overload(operator.mul)
 def width_product(W, U):
+    """Teach Numba `W * U`."""
     if isinstance(W, Width) and isinstance(U, Width):
         return lambda W, U: times(W, U)
 
@@ -125,6 +130,7 @@ def shuffle(builder, x, y, lanes):
 
 
 def undefined(size):
+    """An LLVM vector of `size` lanes that hold anything."""
     return ir.Constant(ir.VectorType(FLOAT, size), ir.Undefined)
 
 
@@ -164,6 +170,7 @@ for op, instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operato
 
 
 def call_llvm(builder, name, result, args):
+    """A call of LLVM's function `name` with arguments of one type each, under FLAGS."""
     signature = ir.FunctionType(result, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args, fastmath=FLAGS)
 
@@ -175,6 +182,7 @@ def larger(builder, x, y):
 
 @intrinsic
 def lane_abs(typingctx, x):
+    """|x| in every lane."""
     return x(x), lambda context, builder, signature, args: call_llvm(builder, f"llvm.fabs.v{x.size}f32", args[0].type, args)
 
 
@@ -215,6 +223,7 @@ def lane_exp2(typingctx, x):
 
 
 def lane_reduction(name, start):
+    """A kernel's reduction of all lanes to one float32, by LLVM's `name` from `start` on (None: it takes no start)."""
     @intrinsic
     def reduction(typingctx, x):
         def codegen(context, builder, signature, args):
@@ -229,6 +238,7 @@ lane_sum, lane_top = lane_reduction("fadd", -0.0), lane_reduction("fmax", None) 
 
 @kernel
 def lane_sigmoid(x):
+    """1 / (1 + e^-x) in every lane; below -86 it stays at the value there."""
     return ONE / (lane_exp2(lane_max(x, np.float32(-86)) * -LOG2E) + ONE)
 
 
@@ -275,6 +285,7 @@ def joined(builder, parts):
 
 @intrinsic
 def load(typingctx, W, array, t, c):
+    """array[t, c : c + W] of a C-contiguous float32 matrix."""
     def codegen(context, builder, signature, args):
         return builder.load(pointer(context, builder, array, args[1], args[2:], (t, c), W.size), align=4)
     return Lanes(W.size)(W, array, t, c), codegen
@@ -282,6 +293,7 @@ def load(typingctx, W, array, t, c):
 
 @intrinsic
 def store(typingctx, W, array, t, c, x):
+    """array[t, c : c + W] = x."""
     if not (isinstance(x, Lanes) and x.size == W.size):
         raise TypeError(f"store of {x}: {W} lanes are needed")
 
@@ -293,11 +305,13 @@ def store(typingctx, W, array, t, c, x):
 
 @intrinsic
 def fill(typingctx, W, x):
+    """The scalar x in each of W lanes."""
     return Lanes(W.size)(W, x), lambda context, builder, signature, args: splat(builder, args[1], x, W.size)
 
 
 @intrinsic
 def tile(typingctx, U, x):
+    """x of W channels, once for each of U states: U W lanes."""
     def codegen(context, builder, signature, args):
         return shuffle(builder, args[1], undefined(x.size), list(range(x.size)) * U.size)
     return Lanes(U.size * x.size)(U, x), codegen
@@ -305,6 +319,7 @@ def tile(typingctx, U, x):
 
 @intrinsic
 def spread(typingctx, W, U, array, t, n):
+    """array[t, n : n + U], each over W channels: U W lanes."""
     def codegen(context, builder, signature, args):
         row = builder.load(pointer(context, builder, array, args[2], args[3:], (t, n), U.size), align=4)
         return shuffle(builder, row, undefined(U.size), [n for n in range(U.size) for _ in range(W.size)])
@@ -313,6 +328,7 @@ def spread(typingctx, W, U, array, t, n):
 
 @intrinsic
 def fold(typingctx, W, x):
+    """The sum over the states of a tile x of U W lanes: W lanes."""
     def codegen(context, builder, signature, args):
         parts = [shuffle(builder, args[1], undefined(x.size), range(k, k + W.size)) for k in range(0, x.size, W.size)]
         return functools.reduce(lambda a, b: builder.fadd(a, b, flags=FLAGS), parts)
@@ -348,6 +364,7 @@ def sums(typingctx, W, array, t, c):
 
 @intrinsic
 def rows(typingctx, W, U, array, t, k):
+    """array[t : t + U, k], each over W channels: U W lanes."""
     def codegen(context, builder, signature, args):
         first = lambda u: builder.load(builder.bitcast(row_pointer(context, builder, signature, args, u, 1), FLOAT.as_pointer()), align=4)
         return joined(builder, [splat(builder, first(u), types.float32, W.size) for u in range(U.size)])
@@ -356,6 +373,7 @@ def rows(typingctx, W, U, array, t, k):
 
 @intrinsic
 def load_rows(typingctx, W, U, array, t, c):
+    """array[t : t + U, c : c + W] as one tile of U W lanes."""
     def codegen(context, builder, signature, args):
         return joined(builder, [builder.load(row_pointer(context, builder, signature, args, u, W.size), align=4) for u in range(U.size)])
     return Lanes(U.size * W.size)(W, U, array, t, c), codegen
@@ -363,6 +381,7 @@ def load_rows(typingctx, W, U, array, t, c):
 
 @intrinsic
 def store_rows(typingctx, W, U, array, t, c, x):
+    """array[t : t + U, c : c + W] = x, a tile of U W lanes."""
     def codegen(context, builder, signature, args):
         for u in range(U.size):
             part = shuffle(builder, args[5], undefined(x.size), range(u * W.size, u * W.size + W.size))
@@ -373,6 +392,7 @@ def store_rows(typingctx, W, U, array, t, c, x):
 
 @intrinsic
 def store_groups(typingctx, W, U, array, t, c, x):
+    """x of W lanes, U at a time into the rows from t on, from column c."""
     def codegen(context, builder, signature, args):
         for u in range(W.size // U.size):
             part = shuffle(builder, args[5], undefined(W.size), range(u * U.size, u * U.size + U.size))

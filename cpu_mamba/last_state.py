@@ -77,6 +77,6 @@ def end_state_backward(W, U, layout, weights, inputs, dh, dinputs, gradients, sc
             store(W, du, t, c, g * load(W, delta, r, 0))
             store(W, dS, r, 0, g * load(W, u, t, c) + later * (ONE / LOG2E))
             later = later + here
-        steps_backward(W, U, layout.softplus, low, W_dt, bias, dS, block, scratch.low_tiles, gradients.W_dt)
+        steps_backward(W, U, layout.softplus, low, W_dt, bias, dS, block, (0, length, row), scratch.low_tiles, gradients.W_dt)
     for k in range(len(scratch.low_tiles)):
         scatter(W, U, scratch.low_tiles[k], length, min(size_of(U), W_dt.shape[0] - k * size_of(U)), dlow, 0, k * size_of(U))

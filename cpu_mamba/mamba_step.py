@@ -12,10 +12,10 @@ import numpy as np
 from . import last_state, scan
 from .conv import conv, conv_backward
 from .dense import LANES, norm_backward, norm_forward, outer, padded, product, put, room, row, set_row, transposed, view, wide
-from .lanes import LOG2E, ONE, ZERO, lane_sigmoid, lane_sum, load, size_of, store, width
+from .lanes import LOG2E, ONE, ZERO, lane_sigmoid, lane_sum, load, size_of, store
 from .parts import maker, part
+from .scan import STATES
 
-STATES = width(4)  # of a tile: independent work for the processor while a sum waits for the one before
 inside, inside_backward = maker(scan.inside.py_func), maker(scan.inside_backward.py_func)
 end_state, end_state_backward = maker(last_state.end_state.py_func), maker(last_state.end_state_backward.py_func)
 
@@ -41,7 +41,7 @@ class MambaPlan(NamedTuple):
     last: bool    # ... or the last, whose output is needed at the last place alone
 
 
-class Weights(NamedTuple):
+class MambaWeights(NamedTuple):
     """Matrices as `product` wants them; of the last layer `low` has no columns for C."""
 
     A: np.ndarray     # (blocks, N, LANES)
@@ -60,7 +60,8 @@ class Weights(NamedTuple):
     out_T: np.ndarray
 
 
-class Gradients(NamedTuple):
+class MambaGradients(NamedTuple):
+    """Gradients of the weights of a layer, added to from sequence to sequence."""
     scan: scan.Gradients
     conv: np.ndarray  # (d_conv + 1, dim), the bias in the last row
     in_x: np.ndarray  # (dim, d), as the parameters lie; so the others
@@ -117,8 +118,8 @@ class MambaLayer(NamedTuple):
 
     plan: MambaPlan
     layout: scan.Layout
-    weights: Weights
-    gradients: Gradients
+    weights: MambaWeights
+    gradients: MambaGradients
     sequence: Sequence
     table: Table
     end: End
@@ -138,6 +139,7 @@ def states(plan):
 
 @maker
 def weights_of(plan, flat):
+    """The weights of a layer from the parameters `flat`, laid out for the kernels."""
     d, dim, N, R, low = plan.d, plan.dim, plan.N, plan.R, columns(plan)
     A = np.zeros((2, dim // size_of(LANES), states(plan), size_of(LANES)), np.float32)
     for c in range(dim):
@@ -146,7 +148,7 @@ def weights_of(plan, flat):
             A[0, block, n, lane], A[1, block, n, lane] = a, a * LOG2E
     W_in, W_x, W_out = view(flat, plan.in_proj, 2 * dim, d), view(flat, plan.x_proj, R + 2 * N, dim), view(flat, plan.out_proj, d, dim)
     inner = scan.Weights(transposed(view(flat, plan.dt_proj, dim, R), 0, dim), row(flat, plan.dt_bias, dim), A[1], row(flat, plan.D, dim))
-    return Weights(A[0], inner, transposed(view(flat, plan.conv_weight, dim, plan.width), 0, dim), row(flat, plan.conv_bias, dim),
+    return MambaWeights(A[0], inner, transposed(view(flat, plan.conv_weight, dim, plan.width), 0, dim), row(flat, plan.conv_bias, dim),
                    transposed(W_in, 0, dim), padded(W_in, 0, dim), transposed(W_in, dim, 2 * dim), padded(W_in, dim, 2 * dim),
                    transposed(W_x, 0, low), padded(W_x, 0, low), transposed(W_x, R + N, R + 2 * N), padded(W_x, R + N, R + 2 * N),
                    transposed(W_out, 0, d), padded(W_out, 0, d))
@@ -154,21 +156,23 @@ def weights_of(plan, flat):
 
 @maker
 def gradients_of(plan):
+    """Zeros for the gradients of a layer."""
     d, dim = plan.d, plan.dim
     inner = scan.Gradients(np.zeros((plan.R + 1, dim), np.float32), np.zeros((dim // size_of(LANES), states(plan), size_of(LANES)), np.float32),
                            np.zeros((1, dim), np.float32))
     in_x, in_z = np.zeros((dim, wide(d)), np.float32), np.zeros((dim, wide(d)), np.float32)
     low, C = np.zeros((wide(columns(plan)), dim), np.float32), np.zeros((wide(plan.N), dim), np.float32)
-    return Gradients(inner, np.zeros((plan.width + 1, dim), np.float32), in_x, in_z, low, C, np.zeros((wide(d), dim), np.float32))
+    return MambaGradients(inner, np.zeros((plan.width + 1, dim), np.float32), in_x, in_z, low, C, np.zeros((wide(d), dim), np.float32))
 
 
 @maker
 def sequence_of(plan, length):
+    """Room for one sequence of `length` tokens in a layer."""
     dim, blocks, low, whole = plan.dim, plan.dim // size_of(LANES), columns(plan), 0 if plan.last else length
     marks = np.empty((scan.marks_rows(whole, blocks, states(plan)) if whole else 0, size_of(LANES)), np.float32)
     return Sequence(room(length, dim), room(length, dim), room(length, dim), room(whole, dim), room(whole, dim), room(length, dim), room(length, dim),
                     room(length, low), room(length, low), marks, np.empty((2, length + plan.width - 1, size_of(LANES)), np.float32),
-                    scan.room(LANES, STATES, length, blocks, states(plan), plan.R))
+                    scan.scratch_of(LANES, STATES, length, blocks, states(plan), plan.R))
 
 
 @maker

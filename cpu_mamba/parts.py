@@ -36,6 +36,7 @@ class WholeLibrary(JITCodeLibrary):
 
 
 class PartCompiler(Compiler):
+    """Compiles a `part`: no wrappers, no machine code."""
     def __init__(self, typingctx, targetctx, library, args, return_type, flags, locals):
         flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
         super().__init__(typingctx, targetctx, PartLibrary(targetctx.codegen(), "part"), args, return_type, flags, locals)
@@ -47,6 +48,7 @@ class PartCompiler(Compiler):
 
 
 class WholeCompiler(Compiler):
+    """Compiles a kernel into a `WholeLibrary`."""
     def __init__(self, typingctx, targetctx, library, *rest):
         library = WholeLibrary(targetctx.codegen(), "whole")
         library.enable_object_caching()

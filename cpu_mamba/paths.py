@@ -33,11 +33,13 @@ def available() -> bool:
 
 @functools.cache
 def warn_once():
+    """Warn that Numba is missing, once in a process."""
     warnings.warn(f"cpu_mamba: the fused kernels need Numba ({MISSING}); plain PyTorch is used, which is correct but slow", stacklevel=4)
 
 
 @functools.cache
 def warn_of_gpu():
+    """Warn that tensors on a GPU take the plain path, once in a process."""
     warnings.warn("cpu_mamba: tensors on a GPU go through plain PyTorch; the packages for them are mamba-ssm and causal-conv1d", stacklevel=4)
 
 

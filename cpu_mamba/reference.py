@@ -33,7 +33,7 @@ def causal_conv1d_ref(x, weight, bias=None, activation=None, seq_idx=None):
 
 
 def over_channels(coefficients, dim, dtype):
-    """B or C as (batch or 1, dim or 1, state, length or 1); for a complex dtype, pairs along the length are both parts of a number, as in mamba_ssm."""
+    """B or C as (batch or 1, dim or 1, state, length or 1); for a complex dtype pairs along the length are the parts of a number, as in mamba_ssm."""
     if coefficients.dim() == 2:  # (dim, state)
         return coefficients[None, :, :, None].to(dtype)
     if dtype.is_complex and not coefficients.is_complex():

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .lanes import (LOG2E, ONE, ZERO, fill, fold, kernel, lane_exp2, lane_sigmoid, lane_softplus, load, size_of, spread, store, store_groups,
-                    sums, tile)
+                    sums, tile, width)
+
+STATES = width(4)  # of a tile: independent work for the processor while a sum waits for the one before
 
 
 class Layout(NamedTuple):
@@ -36,6 +38,7 @@ class Inputs(NamedTuple):
 
 
 class Weights(NamedTuple):
+    """Weights of step sizes, scan and skip, as the kernels want them."""
     W_dt: np.ndarray  # (R, dim), R = 0 where `low` are step sizes already
     bias: np.ndarray  # (1, dim), added to them
     A: np.ndarray     # (blocks, N, W), A log2(e)
@@ -56,8 +59,9 @@ class Kept(NamedTuple):
 
 
 class Scratch(NamedTuple):
+    """Arrays of one sequence that are used again for the next."""
     vectors: np.ndarray    # (5, blocks length, W)
-    tiles: np.ndarray      # (4, rows of a chunk, U W); the last two zeros between calls
+    tiles: np.ndarray      # (4, rows of a chunk, U W), in `chunks` maybe more; all but the first two zeros between calls
     low_tiles: np.ndarray  # (tiles of R, rows, U W), zeros between calls
     last: np.ndarray       # (blocks N, W), the state after the last token
     adjoint: np.ndarray    # (blocks N, W), its gradient; zeros between calls
@@ -76,12 +80,13 @@ def marks_rows(length, blocks, N):
 
 
 @kernel
-def room(W, U, length, blocks, N, R):
+def scratch_of(W, U, length, blocks, N, R):
     """Scratch for sequences of one length, to be used again from one to the next."""
     w, u = size_of(W), size_of(U)
     short, long = (chunk(length) + w - 1) // w * w, (length + w - 1) // w * w
     return Scratch(np.empty((5, blocks * length, w), np.float32), np.zeros((4, short, u * w), np.float32),
-                   np.zeros(((R + u - 1) // u, long, u * w), np.float32), np.empty((blocks * N, w), np.float32), np.zeros((blocks * N, w), np.float32))
+                   np.zeros(((R + u - 1) // u, long, u * w), np.float32),
+                   np.empty((blocks * N, w), np.float32), np.zeros((blocks * N, w), np.float32))
 
 
 @kernel
@@ -240,16 +245,15 @@ def softplus_backward(W, softplus, low, W_dt, bias, ddelta, total, block, span):
 
 
 @kernel
-def steps_backward(W, U, softplus, low, W_dt, bias, ddelta, block, tiles, dweight):
-    """Takes ddelta through the softplus: gradients for W_dt and bias, and for low, in `tiles` as in scan_backward."""
-    R, length, c = W_dt.shape[0], low.shape[0], block * size_of(W)
-    row = block * length
-    store(W, dweight, R, c, softplus_backward(W, softplus, low, W_dt, bias, ddelta, load(W, dweight, R, c), block, (0, length, row)))
+def steps_backward(W, U, softplus, low, W_dt, bias, ddelta, block, span, tiles, dweight):
+    """Takes ddelta through the softplus: gradients for W_dt and bias, and for low, in `tiles` as in scan_backward, from the first token on."""
+    (first, last, at), R, c = span, W_dt.shape[0], block * size_of(W)
+    store(W, dweight, R, c, softplus_backward(W, softplus, low, W_dt, bias, ddelta, load(W, dweight, R, c), block, span))
     for r in range(R):
         here, k, column, total = tiles[r // size_of(U)], r % size_of(U) * size_of(W), load(W, W_dt, r, c), load(W, dweight, r, c)
-        for t in range(length):
-            g = load(W, ddelta, row + t, 0)
-            store(W, here, t, k, load(W, here, t, k) + g * column)
+        for t in range(first, last):
+            g = load(W, ddelta, at + t, 0)
+            store(W, here, t - first, k, load(W, here, t - first, k) + g * column)
             total = total + g * low[t, r]
         store(W, dweight, r, c, total)
 
@@ -342,6 +346,6 @@ def inside_backward(W, U, layout, weights, inputs, kept, dout, dinputs, gradient
     for block in range(A.shape[0]):
         row = block * length
         input_backward(W, u, skip, vectors, du, block, (0, length, row))
-        steps_backward(W, U, layout.softplus, low, W_dt, bias, dlog, block, scratch.low_tiles, dweight)
+        steps_backward(W, U, layout.softplus, low, W_dt, bias, dlog, block, (0, length, row), scratch.low_tiles, dweight)
     for k in range(len(scratch.low_tiles)):
         scatter(W, U, scratch.low_tiles[k], length, min(size_of(U), W_dt.shape[0] - k * size_of(U)), dlow, 0, k * size_of(U))

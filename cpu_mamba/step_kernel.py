@@ -62,30 +62,35 @@ def layer_close(layer, flat, norm):
 
 @overload(layer_open, jit_options=PART)
 def typed_open(plan, flat, length, V, norm):
+    """`layer_open` by the type of plan."""
     chosen = mamba_open if is_mamba(plan) else attention_open
     return lambda plan, flat, length, V, norm: chosen(plan, flat, length, V, norm)
 
 
 @overload(layer_forward, jit_options=PART)
 def typed_forward(layer, tokens, h, x):
+    """`layer_forward` by the type of layer."""
     chosen = mamba_forward if is_mamba(layer) else attention_forward
     return lambda layer, tokens, h, x: chosen(layer, tokens, h, x)
 
 
 @overload(layer_backward, jit_options=PART)
 def typed_backward(layer, tokens, dx, h, dh):
+    """`layer_backward` by the type of layer."""
     chosen = mamba_backward if is_mamba(layer) else attention_backward
     return lambda layer, tokens, dx, h, dh: chosen(layer, tokens, dx, h, dh)
 
 
 @overload(layer_close, jit_options=PART)
 def typed_close(layer, flat, norm):
+    """`layer_close` by the type of layer."""
     chosen = mamba_close if is_mamba(layer) else attention_close
     return lambda layer, flat, norm: chosen(layer, flat, norm)
 
 
 @maker
 def head_open(plan, P, K, d):
+    """The head at work: its weight (K, d) and bias from the parameters P."""
     weight = view(P, plan.head, K, d)
     return Head(transposed(weight, 0, K), padded(weight, 0, K), row(P, plan.head_bias, K), np.zeros((wide(K), wide(d)), np.float32), room(1, K),
                 room(1, K), room(1, K))
@@ -109,6 +114,7 @@ class Model(NamedTuple):
 
 @maker
 def model_open(plan, P, V, length):
+    """The model at work on sequences of one length, with the parameters P and the embeddings V (K, d)."""
     K, d = V.shape
     norms = (norm_open(plan.norms[0], P, K if plan.first.table else length), norm_open(plan.norms[1], P, length), norm_open(plan.norms[2], P, 1))
     return Model(plan, norms, layer_open(plan.first, P, length, V, norms[0]), layer_open(plan.last, P, length, V, norms[1]), head_open(plan, P, K, d),

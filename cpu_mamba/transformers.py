@@ -57,6 +57,7 @@ class use_in_transformers:
 
 
 def restore():
+    """Give every mixer its own forward back."""
     while ORIGINALS:
         mixer, forward = ORIGINALS.popitem()
         mixer.forward = forward

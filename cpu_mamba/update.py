@@ -23,6 +23,7 @@ class Form(NamedTuple):
 
 
 class Parameters(NamedTuple):
+    """Parameters of the recurrence of one token."""
     A: np.ndarray     # (dim, N)
     D: np.ndarray     # (1, dim)
     bias: np.ndarray  # (1, dim), added to the step sizes

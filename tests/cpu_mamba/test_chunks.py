@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 from parity import assert_parity, relative, scan_inputs, values_and_gradients
-from test_functions import ENVIRONMENT
+from test_functions import ENVIRONMENT, inner_inputs
 
-from cpu_mamba import Mamba, causal_conv1d_fn, selective_scan_fn, selective_scan_ref
+from cpu_mamba import Mamba, causal_conv1d_fn, mamba_inner_fn, mamba_inner_ref, selective_scan_fn, selective_scan_ref
 from cpu_mamba.paths import shares
 
 
@@ -47,12 +47,20 @@ def test_threads_do_not_change_the_result(batch):
             assert all(relative(a, b) <= bound for a, b in zip(other, results[0], strict=True))
 
 
-@pytest.mark.parametrize("threads, batch, dim, length, N", [(1, 1, 32, 1030, 4), (2, 1, 288, 130, 3), (1, 2, 272, 17, 16)])
+@pytest.mark.parametrize("threads, batch, dim, length, N", [(1, 1, 32, 1030, 4), (2, 1, 288, 130, 3), (1, 2, 272, 17, 16), (2, 16, 272, 70, 5)])
 def test_long_and_wide(threads, batch, dim, length, N):
     """Chunks of more than 16 tokens, more blocks than are taken at a time, a last chunk of one or two tokens."""
     torch.set_num_threads(threads)
     arguments, options = scan_inputs(batch, dim, length, N, 1), dict(delta_softplus=True, return_last_state=True)
     assert_parity(lambda **a: selective_scan_fn(**a, **options), lambda **a: selective_scan_ref(**a, **options), arguments)
+
+
+@pytest.mark.parametrize("batch, dim, length, R, N", [(16, 272, 70, 3, 5), (16, 272, 70, 9, 5), (2, 128, 130, 6, 4), (2, 128, 130, 9, 4),
+                                                      (1, 16, 1030, 1, 4)])
+def test_step_sizes_of_every_rank(batch, dim, length, R, N):
+    """Ranks whose gradients the kernel takes itself and one that it leaves, with the channels in one share or several, taken at once or not."""
+    torch.set_num_threads(1)
+    assert_parity(mamba_inner_fn, mamba_inner_ref, inner_inputs(batch, length, dim, 4, R, N))
 
 
 MEMORY = """
