@@ -17,9 +17,11 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -131,10 +133,11 @@ def missing_text(missing, known):
 def train_all(missing, run, keep, plan):
     """Make the missing runs, {name: (group, setting)}, one thread each, on all cores here or on a cluster, and keep each as it ends."""
     calls = (joblib.delayed(in_worker)(run, s, os.getpid()) for _, s in missing.values())
+    ours = {} if plan.cluster else {"initializer": end_with_parent, "initargs": (os.getpid(),)}
     failed = []
     keep.sweep()
-    with cluster(plan.cluster):
-        pool = joblib.Parallel(n_jobs=plan.workers or -1, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs", max_nbytes=None)
+    with cluster(plan.cluster), killed_workers(plan.folder):
+        pool = joblib.Parallel(n_jobs=plan.workers or -1, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs", max_nbytes=None, **ours)
         for s, done, error in tqdm(pool(calls), total=len(missing), desc="training", unit="run", smoothing=0.1):
             name = store.name(asdict(s))
             if error:
@@ -151,6 +154,17 @@ def outcome(s, done):
     step, correct = done["curve"][-1] if done["curve"] else (0, 0)
     stopped = done["provenance"].get("stopped")
     return f"{100 * correct / s.n:.1f} % at L after {step:,} steps, {sum(done['seconds'].values()):.0f} s" + (f"; stopped: {stopped}" if stopped else "")
+
+
+@contextlib.contextmanager
+def killed_workers(folder):
+    """Let the death of a worker be a RuntimeError of one line, with its cause as far as the system tells it."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        how = re.search(r"\{(\w+)", str(error))
+        raise RuntimeError(f"a worker was killed ({how[1] if how else 'cause unknown'}; SIGKILL is how the system takes memory back when there is none left). Finished runs are kept in {folder}, "
+                           "the same command goes on from here; LOKY_MAX_CPU_COUNT=1 before it trains one run at a time") from None
 
 
 @contextlib.contextmanager
@@ -173,8 +187,6 @@ def cluster(address):
 
 def in_worker(run, s, parent):
     """Make one run in this process; returns (setting, what the store keeps of it or None, why it failed or "")."""
-    if os.getpid() != parent and os.getppid() == parent:
-        end_with_parent(parent)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -182,7 +194,7 @@ def in_worker(run, s, parent):
     try:
         done = run(s)
     except Exception as error:  # whatever it is, the other runs go on
-        return s, None, f"{type(error).__name__}: {error}"
+        return s, None, " ".join(f"{type(error).__name__}: {error}".split())
     finally:
         if os.getpid() == parent:  # one worker alone works in the process that asks
             torch.set_flush_denormal(False)
@@ -220,7 +232,7 @@ def keep_heap():
 
 @functools.cache
 def end_with_parent(parent, seconds=2.0):
-    """Let this process end soon after its parent: a kernel that is restarted tells its workers nothing, and they would train on unseen."""
+    """Let this process end soon after its parent, at work or idle: a kernel that is restarted tells its workers nothing, and they would train on unseen."""
     def watch():
         while os.getppid() == parent:
             time.sleep(seconds)

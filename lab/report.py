@@ -14,7 +14,9 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ import pandas as pd
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from pypdf import PdfReader
+from traitlets.config import Config
 
 from lab import pool, replay, tables
 from lab.pdf import ExportError, export, notebook_digest
@@ -57,6 +60,15 @@ def code_digest(book, root=ROOT):
     return digest.hexdigest()[:16]
 
 
+def channel(folder):
+    """How to talk to a notebook's kernel, as nbclient's settings: by TCP on loopback or, where a process may not, through sockets in `folder`."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
+            return Config()
+    except OSError:
+        return Config(KernelManager={"transport": "ipc", "ip": str(Path(folder) / "kernel")})
+
+
 def execute(notebook, folder):
     """Run a notebook top to bottom in `folder`, write it there with its outputs, say which cell is at work; returns its path."""
     book = nbformat.read(notebook, as_version=4)
@@ -68,16 +80,16 @@ def execute(notebook, folder):
             print(f"  cell {cells.index(cell) + 1:2d} of {len(cells)}  {line[:90]}", file=sys.stderr, flush=True)
 
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    client = NotebookClient(book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, on_cell_execute=say)
-    try:
-        with open(folder / "kernel.log", "w", encoding="utf-8") as words:
+    with tempfile.TemporaryDirectory(prefix="recall-") as sockets, open(folder / "kernel.log", "w", encoding="utf-8") as words:
+        client = NotebookClient(book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, on_cell_execute=say, config=channel(sockets))
+        try:
             client.execute(stderr=words)
-    except (CellExecutionError, DeadKernelError):
-        raise
-    except Exception as error:
-        if hasattr(client, "_async_cleanup_kernel_future"):  # nbclient's answer to Ctrl-C; what it raises then is that its kernel is gone
-            raise KeyboardInterrupt from error
-        raise
+        except (CellExecutionError, DeadKernelError):
+            raise
+        except Exception as error:
+            if hasattr(client, "_async_cleanup_kernel_future"):  # nbclient's answer to Ctrl-C; what it raises then is that its kernel is gone
+                raise KeyboardInterrupt from error
+            raise
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # times of day would make two equal runs differ
         for output in [o for o in cell.get("outputs", []) if o.get("name") == "stderr"]:
