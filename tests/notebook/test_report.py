@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
-from lab import report
+from lab import inside, pool, replay, report, tables
 from lab.pdf import export
 from nbclient.exceptions import CellExecutionError
 from pypdf import PdfReader
@@ -53,22 +55,50 @@ def test_the_committed_report_is_not_stale():
 
 
 def test_a_stale_report_is_told(tmp_path):
-    """A changed definition, figure, output or row of a table: each is a reason."""
+    """A changed definition, figure, output or row of a table: each is a reason, and every row is named."""
     for name in ("recall.ipynb", "report.pdf"):
         shutil.copy(ROOT / name, tmp_path)
     for folder in ("figures", "lab", "cpu_mamba"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    assert report.stale(tmp_path) == []
+    assert report.stale(tmp_path, seeds=()) == []
     copy = nbformat.read(tmp_path / "recall.ipynb", as_version=4)
     next(c for c in copy.cells if "def vocabulary" in c.source).source += "\nEXTRA = 1"
     nbformat.write(copy, tmp_path / "recall.ipynb")
     (tmp_path / "figures" / "p1a.pdf").write_bytes(b"another")
-    table = tmp_path / "figures" / "accuracy.csv"
-    table.write_text(table.read_text().replace(",1000,", ",1000,1", 1))
-    found = " ".join(report.stale(tmp_path))
+    for name, number in (("accuracy", ",1000,"), ("search", ",3000,")):
+        table = tmp_path / "figures" / f"{name}.csv"
+        table.write_text(table.read_text().replace(number, number + "1", 2))
+    found = "\n".join(report.stale(tmp_path, seeds=()))
     for reason in ("figures and outputs: made by code", "figures/p1a.pdf is not the file", "figures/accuracy.csv is not the file", "report.pdf: not of the present code",
-                   "report.pdf: not of the present notebook", "figures/accuracy.csv: "):
+                   "report.pdf: not of the present notebook"):
         assert reason in found
+    assert [found.count(f"figures/{name}.csv: ") for name in ("accuracy", "convergence", "search", "mechanisms")] == [2, 0, 2, 0]
+
+
+def test_measurements_are_made_again_and_compared_up_to_rounding(tmp_path, recall):
+    """What the notebook's cells measure in one network of each kind of mixer is what the committed table says; a row that is further off than rounding moves it is named."""
+    runs = pool.finished({group: recall.EXPERIMENTS[group] for group in recall.EXPERIMENTS if pool.assigned(group)}, recall.run, pool.Plan(), say=lambda text: None)
+    few = {group: [r for r in members if r["setting"]["seed"] == 3 and (group, r["setting"]["model"]) in (("P1a", "rope"), ("P1b", "hybrid"))] for group, members in runs.items()}
+    before, now = set(Path.cwd().iterdir()), report.measured(recall, few)
+    assert set(Path.cwd().iterdir()) == before
+    committed = pd.read_csv(ROOT / "figures" / "mechanisms.csv").query("seed == 3 and M == 1 and (model == 'rope' and tau == 1 or model == 'hybrid' and tau == 5)")
+    allowed = now.measurement.map(replay.rounding)
+    assert len(now) > 50 and tables.differing(committed, now, ["percent"], allowed) == []
+    for share, named in ((0.9, 0), (1.1, len(now))):
+        moved = committed.assign(percent=committed.percent + share * committed.measurement.map(replay.rounding))
+        assert len(tables.differing(moved, now, ["percent"], allowed)) == named
+    assert [line.rsplit(": ", 1)[1][:7] for line in tables.differing(committed[1:], now, ["percent"], allowed)] == ["missing"]
+
+
+def test_rounding_is_allowed_two_answers_of_those_a_row_counts(recall, monkeypatch):
+    """No row counts fewer sequences than the allowance says, but those without any."""
+    counted, percent = [], inside.percent
+    monkeypatch.setattr(inside, "percent", lambda right: counted.append(len(right)) or percent(right))
+    runs = pool.finished({group: recall.EXPERIMENTS[group] for group in recall.EXPERIMENTS if pool.assigned(group)}, recall.run, pool.Plan(), say=lambda text: None)
+    few = {group: [r for r in members if r["setting"]["seed"] == 4 and r["setting"]["model"] == "mamba"] for group, members in runs.items()}
+    table = report.measured(recall, few)
+    for measurement, number in zip(table.measurement[~table.measurement.str.startswith("mass")], counted, strict=True):
+        assert number == 0 or 100 * replay.TIES / number <= replay.rounding(measurement), (measurement, number)
 
 
 @pytest.fixture
