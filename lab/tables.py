@@ -75,16 +75,17 @@ def differing(there, now, values, allowed=0.0):
     keys, there, now = [c for c in now if c not in values], *(pd.read_csv(io.StringIO(t.to_csv(index=False))) for t in (there, now))
     if set(there) != set(now):
         return [f"its columns are {', '.join(there)}, not {', '.join(now)}"]
-    count = lambda table: table.assign(copy=table.groupby(keys, dropna=False).cumcount())
+    there, now = (t[keys].map(str).join(t[values].apply(pd.to_numeric, errors="coerce")) for t in (there, now))
+    count = lambda table: table.assign(copy=table.groupby(keys).cumcount())
     both = count(there).merge(count(now.assign(allowed=np.broadcast_to(allowed, len(now)))), on=[*keys, "copy"], how="outer", suffixes=(" there", " now"), indicator="in")
-    far = pd.Series(False, both.index)
+    far = both["in"] != "both"
     for a, b in ((both[f"{value} there"], both[f"{value} now"]) for value in values):
         far |= ~((a == b) | a.isna() & b.isna() | ((a - b).abs() <= both.allowed + 1e-9))
     lines = []
-    for row in both[far | (both["in"] != "both")].to_dict("records"):
-        said = {place: ", ".join(f"{value} {row[f'{value} {place}']:g}" for value in values) for place in ("there", "now")}
-        told = {"both": f"{said['there']}, but {said['now']} now", "left_only": f"{said['there']}, but no such row now", "right_only": f"missing, {said['now']} now"}[row["in"]]
-        lines.append(" ".join(f"{key} {row[key]:g}" if isinstance(row[key], float) else f"{key} {row[key]}" for key in keys if row[key] == row[key]) + f": {told}")
+    for row in both[far].to_dict("records"):
+        said, made = (", ".join(f"{value} {row[f'{value} {place}']:g}" for value in values) for place in ("there", "now"))
+        told = {"both": f"{said}, but {made} now", "left_only": f"{said}, but no such row now", "right_only": f"missing, {made} now"}[row["in"]]
+        lines.append(" ".join(f"{key} {row[key].removesuffix('.0')}" for key in keys if row[key] != "nan") + f": {told}")
     return lines or ([] if there[keys].equals(now[keys]) else ["its rows are in another order"])
 
 

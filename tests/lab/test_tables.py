@@ -71,6 +71,11 @@ def test_differing_sees_a_row_twice_another_order_and_another_column():
     assert tables.differing(now.rename(columns={"layer": "depth"}), now, ["percent"]) == ["its columns are measurement, depth, percent, not measurement, layer, percent"]
 
 
+def test_differing_names_a_row_whose_number_is_none():
+    now = rows(10.0, 20.0)
+    assert tables.differing(rows("10.0", "2O.0"), now, ["percent"]) == ["measurement b layer 1: percent nan, but percent 20 now"]
+
+
 def test_selections():
     accuracy, _ = tables.tidy({"P1a": [made(seed=1), made(accuracy=((3, 10),))], "P1b": [made(tau=5)]})
     assert tables.select(accuracy, problem="P1a", length=3).percent.tolist() == [40.0, 100.0]
