@@ -135,7 +135,7 @@ def train_all(missing, run, keep, plan):
     calls = (joblib.delayed(in_worker)(run, s, os.getpid()) for _, s in missing.values())
     ours = {} if plan.cluster else {"initializer": end_with_parent, "initargs": (os.getpid(),)}
     failed = []
-    keep.sweep()
+    keep.ready()
     with cluster(plan.cluster), killed_workers(plan.folder):
         pool = joblib.Parallel(n_jobs=plan.workers or -1, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs", max_nbytes=None, **ours)
         for s, done, error in tqdm(pool(calls), total=len(missing), desc="training", unit="run", smoothing=0.1):
@@ -174,15 +174,35 @@ def cluster(address):
         yield
         return
     try:
-        from distributed import Client
+        from distributed import Client, KilledWorker
     except ImportError:
         raise ValueError(f"DASK={address!r}: this needs the package `distributed` (pip install distributed)") from None
     try:
         client = Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"DASK={address!r}: no scheduler answers there ({error})") from None
-    with client, joblib.parallel_config("dask", client=client, wait_for_workers_timeout=60, retries=3):
-        yield
+    with client, joblib.parallel_config(failing_backend()(client=client, wait_for_workers_timeout=60, retries=3)):
+        try:
+            yield
+        except KilledWorker as error:
+            raise RuntimeError(f"DASK={address!r}: one run ended every worker that tried it, last {error.last_worker.address} (out of memory?). Finished runs are kept, the same command goes on from here") from None
+
+
+def failing_backend():
+    """joblib's Dask backend, but that it tells joblib of a task that failed with its workers; joblib 1.6 would wait for it without end."""
+    from joblib._dask import DaskDistributedBackend
+
+    class Failing(DaskDistributedBackend):
+        def submit(self, func, callback=None):
+            future = super().submit(func, callback)
+            future.add_done_callback(lambda done: done.exception() and callback(done.exception()))
+            return future
+
+        def retrieve_result_callback(self, out):
+            if isinstance(out, BaseException):
+                raise out
+            return super().retrieve_result_callback(out)
+    return Failing
 
 
 def in_worker(run, s, parent):

@@ -200,6 +200,14 @@ def test_a_cluster_trains_and_a_killed_worker_loses_nothing(tmp_path, dask_clust
     assert folders[0] == folders[1]
 
 
+@pytest.mark.long
+def test_a_run_that_ends_every_worker_of_a_cluster_is_one_line(plan, dask_cluster):
+    """joblib itself would wait for it without end."""
+    with pytest.raises(RuntimeError, match="DASK='tcp://127.0.0.1:.*one run ended every worker that tried it, last tcp.*out of memory") as raised:
+        pool.finished({"a": toys(range(4))}, killed_run, replace(plan, cluster=dask_cluster[0]))
+    assert "\n" not in str(raised.value) and len(list(plan.folder.glob("*.json"))) == 3
+
+
 def test_no_scheduler_is_one_line(plan):
     pytest.importorskip("distributed")
     with pytest.raises(ValueError, match="DASK='tcp://127.0.0.1:1': no scheduler answers there"):
