@@ -236,12 +236,14 @@ def main(arguments):
         else:
             with alone():
                 make(plan)
+    except DeadKernelError:
+        return "report: the notebook's kernel died (out of memory?)"
+    except MemoryError as error:
+        return f"report: out of memory: {error}"
     except (ValueError, pool.Missing, replay.Stale, RuntimeError, ExportError) as error:
         return f"report: {error}"
     except OSError as error:
         return f"report: {error.strerror or error}: {error.filename or ''}"
-    except DeadKernelError:
-        return "report: the notebook's kernel died (out of memory?)"
     except CellExecutionError as error:
         return f"report: a cell of {NOTEBOOK} raised:\n{error}"
     except KeyboardInterrupt:

@@ -103,11 +103,11 @@ def test_rounding_is_allowed_two_answers_of_those_a_row_counts(recall, monkeypat
 
 @pytest.fixture
 def start(tmp_path):
-    """start(*arguments, **variables): Python in `tmp_path`, in a process group of its own, which ends with the test."""
+    """start(*arguments, within=(), **variables): Python in `tmp_path`, after the words of `within`, in a process group of its own, which ends with the test."""
     started = []
 
-    def start(*arguments, **variables):
-        started.append(subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, env=os.environ | variables, text=True, start_new_session=True,
+    def start(*arguments, within=(), **variables):
+        started.append(subprocess.Popen([*within, sys.executable, *arguments], cwd=tmp_path, env=os.environ | variables, text=True, start_new_session=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
         return started[-1]
     yield start
@@ -124,6 +124,14 @@ def make_report(tmp_path, start):
     for folder in ("figures", "lab", "cpu_mamba"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return lambda **variables: start("-m", "lab.report", PROFILE="smoke", **variables)
+
+
+def apart(*words):
+    """The words that run a command in namespaces of its own, as `unshare` makes them; skips the test where the system has or allows none."""
+    words = ["unshare", "--map-root-user", *words]
+    if not shutil.which("unshare") or subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    return words
 
 
 def contents(folder):
@@ -188,6 +196,38 @@ def test_a_wrong_switch_is_one_line(tmp_path, make_report, start, variables, sai
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and said in text and "Traceback" not in text
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["checkout", "store"])
+def test_a_read_only_place_is_one_line(tmp_path, make_report, place):
+    """It names the path and the cause, before anything is trained; nothing is written."""
+    folder = {"checkout": tmp_path, "store": tmp_path / "kept"}[place]
+    folder.mkdir(exist_ok=True)
+    read_only = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && cd . && exec "$@"'
+    before = contents(tmp_path)
+    said = make_report(within=[*apart("--mount"), "sh", "-c", read_only, str(folder)], RECALL_STORE=str(tmp_path / "kept")).communicate(timeout=100)[0].splitlines()
+    assert said[-1].startswith(f"report: Read-only file system: {folder}") and not any("Traceback" in line or "training:" in line for line in said)
+    assert contents(tmp_path) == before
+
+
+def test_a_notebook_runs_without_a_network(tmp_path, start):
+    """Not even loopback, by which Jupyter talks to its kernels unless told otherwise."""
+    cells = [nbformat.v4.new_code_cell("print(6 * 7)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "recall.ipynb")
+    code = "import pathlib\nfrom lab import report\nassert report.channel('x')\nprint(report.execute('recall.ipynb', pathlib.Path('.')))"
+    said = start("-c", code, within=apart("--net"), PYTHONPATH=str(ROOT)).communicate(timeout=100)[0]
+    assert said.endswith("recall.ipynb\n"), said
+    assert nbformat.read(tmp_path / "recall.ipynb", as_version=4).cells[0].outputs[0].text == "42\n"
+
+
+def test_a_killed_kernel_is_one_line(tmp_path, monkeypatch):
+    """As the system does where memory is short."""
+    cells = [nbformat.v4.new_code_cell("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "recall.ipynb")
+    monkeypatch.setattr(report, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(report, "interruptible", lambda: None)
+    monkeypatch.setattr(report, "make", lambda plan: report.execute(tmp_path / "recall.ipynb", tmp_path))
+    assert report.main([]) == "report: the notebook's kernel died (out of memory?)"
 
 
 def test_ctrl_c_in_a_cell_stops_without_a_traceback(tmp_path, start):
