@@ -80,7 +80,7 @@ def differing(there, now, values, allowed=0.0):
     both = count(there).merge(count(now.assign(allowed=np.broadcast_to(allowed, len(now)))), on=[*keys, "copy"], how="outer", suffixes=(" there", " now"), indicator="in")
     far = both["in"] != "both"
     for a, b in ((both[f"{value} there"], both[f"{value} now"]) for value in values):
-        far |= ~((a == b) | a.isna() & b.isna() | ((a - b).abs() <= both.allowed + 1e-9))
+        far |= ~((a == b) | a.isna() & b.isna() | ((a - b).abs() <= both.allowed * (1 + 1e-9)))
     lines = []
     for row in both[far].to_dict("records"):
         said, made = (", ".join(f"{value} {row[f'{value} {place}']:g}" for value in values) for place in ("there", "now"))
