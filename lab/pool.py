@@ -17,9 +17,11 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -131,10 +133,11 @@ def missing_text(missing, known):
 def train_all(missing, run, keep, plan):
     """Make the missing runs, {name: (group, setting)}, one thread each, on all cores here or on a cluster, and keep each as it ends."""
     calls = (joblib.delayed(in_worker)(run, s, os.getpid()) for _, s in missing.values())
+    ours = {} if plan.cluster else {"initializer": end_with_parent, "initargs": (os.getpid(),)}
     failed = []
-    keep.sweep()
-    with cluster(plan.cluster):
-        pool = joblib.Parallel(n_jobs=plan.workers or -1, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs", max_nbytes=None)
+    keep.ready()
+    with cluster(plan.cluster), killed_workers(plan.folder):
+        pool = joblib.Parallel(n_jobs=plan.workers or -1, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs", max_nbytes=None, **ours)
         for s, done, error in tqdm(pool(calls), total=len(missing), desc="training", unit="run", smoothing=0.1):
             name = store.name(asdict(s))
             if error:
@@ -154,27 +157,56 @@ def outcome(s, done):
 
 
 @contextlib.contextmanager
+def killed_workers(folder):
+    """Let the death of a worker be a RuntimeError of one line, with its cause as far as the system tells it."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        how = re.search(r"\{(\w+)", str(error))
+        raise RuntimeError(f"a worker was killed ({how[1] if how else 'cause unknown'}; SIGKILL is how the system takes memory back when there is none left). Finished runs are kept in {folder}, "
+                           "the same command goes on from here; LOKY_MAX_CPU_COUNT=1 before it trains one run at a time") from None
+
+
+@contextlib.contextmanager
 def cluster(address):
     """joblib's backend meanwhile: its own processes, or the workers of the Dask scheduler at an address, which must find this project to import."""
     if not address:
         yield
         return
     try:
-        from distributed import Client
+        from distributed import Client, KilledWorker
     except ImportError:
         raise ValueError(f"DASK={address!r}: this needs the package `distributed` (pip install distributed)") from None
     try:
         client = Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"DASK={address!r}: no scheduler answers there ({error})") from None
-    with client, joblib.parallel_config("dask", client=client, wait_for_workers_timeout=60, retries=3):
-        yield
+    with client, joblib.parallel_config(failing_backend()(client=client, wait_for_workers_timeout=60, retries=3)):
+        try:
+            yield
+        except KilledWorker as error:
+            raise RuntimeError(f"DASK={address!r}: one run ended every worker that tried it, last {error.last_worker.address} (out of memory?). Finished runs are kept, the same command goes on from here") from None
+
+
+def failing_backend():
+    """joblib's Dask backend, but that it tells joblib of a task that failed with its workers; joblib 1.6 would wait for it without end."""
+    from joblib._dask import DaskDistributedBackend
+
+    class Failing(DaskDistributedBackend):
+        def submit(self, func, callback=None):
+            future = super().submit(func, callback)
+            future.add_done_callback(lambda done: done.exception() and callback(done.exception()))
+            return future
+
+        def retrieve_result_callback(self, out):
+            if isinstance(out, BaseException):
+                raise out
+            return super().retrieve_result_callback(out)
+    return Failing
 
 
 def in_worker(run, s, parent):
     """Make one run in this process; returns (setting, what the store keeps of it or None, why it failed or "")."""
-    if os.getpid() != parent and os.getppid() == parent:
-        end_with_parent(parent)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -182,7 +214,7 @@ def in_worker(run, s, parent):
     try:
         done = run(s)
     except Exception as error:  # whatever it is, the other runs go on
-        return s, None, f"{type(error).__name__}: {error}"
+        return s, None, " ".join(f"{type(error).__name__}: {error}".split())
     finally:
         if os.getpid() == parent:  # one worker alone works in the process that asks
             torch.set_flush_denormal(False)
@@ -220,7 +252,7 @@ def keep_heap():
 
 @functools.cache
 def end_with_parent(parent, seconds=2.0):
-    """Let this process end soon after its parent: a kernel that is restarted tells its workers nothing, and they would train on unseen."""
+    """Let this process end soon after its parent, at work or idle: a kernel that is restarted tells its workers nothing, and they would train on unseen."""
     def watch():
         while os.getppid() == parent:
             time.sleep(seconds)

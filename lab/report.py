@@ -2,7 +2,8 @@
 
     python -m lab.report             make the report
     python -m lab.report --replay    does the present code still make the stored runs?
-    python -m lab.report --check     do outputs, figures and PDF belong to the committed code, and the tables to the runs?
+    python -m lab.report --check     do outputs, figures and PDF belong to the committed code, and the tables to the runs? The measurements
+                                     inside the networks are made again in the first seed of every configuration; with --all, in all
 
 Everything is made in a folder of this process under `.build/` and moved into place at the end, so that an interruption leaves no
 half-made report. What the environment may say is in lab/pool.py; a trial's report goes to `trial/`.
@@ -12,9 +13,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +29,7 @@ import pandas as pd
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from pypdf import PdfReader
+from traitlets.config import Config
 
 from lab import pool, replay, tables
 from lab.pdf import ExportError, export, notebook_digest
@@ -57,6 +62,15 @@ def code_digest(book, root=ROOT):
     return digest.hexdigest()[:16]
 
 
+def channel(folder):
+    """How to talk to a notebook's kernel, as nbclient's settings: by TCP on loopback or, where a process may not, through sockets in `folder`."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
+            return Config()
+    except OSError:
+        return Config(KernelManager={"transport": "ipc", "ip": str(Path(folder) / "kernel")})
+
+
 def execute(notebook, folder):
     """Run a notebook top to bottom in `folder`, write it there with its outputs, say which cell is at work; returns its path."""
     book = nbformat.read(notebook, as_version=4)
@@ -68,16 +82,16 @@ def execute(notebook, folder):
             print(f"  cell {cells.index(cell) + 1:2d} of {len(cells)}  {line[:90]}", file=sys.stderr, flush=True)
 
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    client = NotebookClient(book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, on_cell_execute=say)
-    try:
-        with open(folder / "kernel.log", "w", encoding="utf-8") as words:
+    with tempfile.TemporaryDirectory(prefix="recall-") as sockets, open(folder / "kernel.log", "w", encoding="utf-8") as words:
+        client = NotebookClient(book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, on_cell_execute=say, config=channel(sockets))
+        try:
             client.execute(stderr=words)
-    except (CellExecutionError, DeadKernelError):
-        raise
-    except Exception as error:
-        if hasattr(client, "_async_cleanup_kernel_future"):  # nbclient's answer to Ctrl-C; what it raises then is that its kernel is gone
-            raise KeyboardInterrupt from error
-        raise
+        except (CellExecutionError, DeadKernelError):
+            raise
+        except Exception as error:
+            if hasattr(client, "_async_cleanup_kernel_future"):  # nbclient's answer to Ctrl-C; what it raises then is that its kernel is gone
+                raise KeyboardInterrupt from error
+            raise
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # times of day would make two equal runs differ
         for output in [o for o in cell.get("outputs", []) if o.get("name") == "stderr"]:
@@ -153,8 +167,21 @@ def make(plan):
     print(f"written: {target / NOTEBOOK}, {target / 'figures'}, {target / 'report.pdf'}")
 
 
-def stale(root=ROOT):
-    """Why outputs, figures or PDF do not belong to the committed code and runs; empty when they do."""
+def measured(names, runs, notebook=ROOT / NOTEBOOK):
+    """mechanisms.csv of some runs, {group: [run, ...]}, as the notebook's own cells make it now: those that use lab/inside.py."""
+    sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code" and re.search(r"\binside\.", cell.source)]
+    space = vars(names) | {"RUNS": runs, "pool": pool, "tables": tables, "pd": pd}
+    with tempfile.TemporaryDirectory(prefix="recall-") as folder, contextlib.chdir(folder):  # they write their table where they are
+        for source in sources:
+            exec(compile(source, Path(notebook).name, "exec"), space)
+    return space["mechanisms"]
+
+
+def stale(root=ROOT, seeds=(0,)):
+    """Why outputs, figures, tables or PDF do not belong to the committed code and runs; empty when they do.
+
+    All tables are made again, but of the measurements inside the networks only those of some `seeds`; None for all.
+    """
     root, reasons = Path(root), []
     book = nbformat.read(root / NOTEBOOK, as_version=4)
     code = code_digest(book)
@@ -173,11 +200,15 @@ def stale(root=ROOT):
             reasons.append(f"report.pdf: not of the present {name}")
     names = definitions(root / NOTEBOOK)
     runs = pool.finished(names.EXPERIMENTS, names.run, pool.Plan(), say=lambda text: None)
-    for name, table in zip(("accuracy", "convergence"), tables.tidy(runs)):
-        there = pd.read_csv(root / "figures" / f"{name}.csv")
-        if not there.equals(table):
-            rows = there.merge(table, how="outer", indicator=True).query("_merge != 'both'")
-            reasons.append(f"figures/{name}.csv: {len(rows)} rows are not what runs/ gives, first {rows.iloc[0, :-1].to_dict() if len(rows) else 'their order'}")
+    counted = (*tables.tidy(runs), tables.searched(runs))
+    for name, now, values in zip(("accuracy", "convergence", "search"), counted, (["correct"], ["correct"], ["steps", "steps_to_90", "percent"])):
+        reasons += [f"figures/{name}.csv: {line}" for line in tables.differing(pd.read_csv(root / "figures" / f"{name}.csv"), now, values)]
+    there = pd.read_csv(root / "figures" / "mechanisms.csv")
+    if seeds is not None:
+        there, runs = there[there.seed.isin(seeds)], {group: [r for r in members if r["setting"]["seed"] in seeds] for group, members in runs.items()}
+    if seeds != ():
+        now = measured(names, runs, root / NOTEBOOK)
+        reasons += [f"figures/mechanisms.csv: {line}" for line in tables.differing(there, now, ["percent"], now.measurement.map(replay.rounding))]
     return reasons
 
 
@@ -196,21 +227,23 @@ def main(arguments):
         if arguments == ["--replay"]:
             names = definitions()
             print(replay.replay(pool.finished(names.EXPERIMENTS, names.run, plan), names.REPLAY).to_string(index=False))
-        elif arguments == ["--check"]:
-            found = stale()
+        elif arguments in (["--check"], ["--check", "--all"]):
+            found = stale(seeds=None if "--all" in arguments else (0,))
             print("\n".join(found) or "outputs, figures and report.pdf belong to the committed code and runs")
             return int(bool(found))
         elif arguments:
-            return f"{' '.join(arguments)}: unknown, one of --replay, --check, or nothing"
+            return f"{' '.join(arguments)}: unknown, one of --replay, --check, --check --all, or nothing"
         else:
             with alone():
                 make(plan)
+    except DeadKernelError:
+        return "report: the notebook's kernel died (out of memory?)"
+    except MemoryError as error:
+        return f"report: out of memory: {error}"
     except (ValueError, pool.Missing, replay.Stale, RuntimeError, ExportError) as error:
         return f"report: {error}"
     except OSError as error:
         return f"report: {error.strerror or error}: {error.filename or ''}"
-    except DeadKernelError:
-        return "report: the notebook's kernel died (out of memory?)"
     except CellExecutionError as error:
         return f"report: a cell of {NOTEBOOK} raised:\n{error}"
     except KeyboardInterrupt:

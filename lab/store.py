@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -117,10 +118,10 @@ class Store:
     def set_aside(self, path):
         """Move both files of a damaged run to names that overwrite nothing; returns what was done, in words."""
         number = next(n for n in range(1, 10**6) if not path.with_suffix(f".broken-{n}.json").exists())
-        with contextlib.suppress(FileNotFoundError):
-            path.with_suffix(".npz").rename(path.with_suffix(f".broken-{number}.npz"))
         try:
             path.rename(path.with_suffix(f".broken-{number}.json"))
+            with contextlib.suppress(FileNotFoundError):
+                path.with_suffix(".npz").rename(path.with_suffix(f".broken-{number}.npz"))
         except OSError as error:
             return f"it is not used and could not be moved ({error.strerror})"
         return f"kept as {path.stem}.broken-{number}.json, the run is to be made again"
@@ -137,6 +138,12 @@ class Store:
         lines = (f" {json.dumps(field)}: {json.dumps(entry[field])}" for field in FIELDS)
         write(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
         return path
+
+    def ready(self):
+        """Make the folder and sweep it. Raises OSError where nothing can be written, before a run is trained for it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder):
+            self.sweep()
 
     def sweep(self):
         """Remove the part files that dead processes of this machine have left in the folder."""

@@ -1,6 +1,7 @@
 """Numbers of finished runs as tidy tables, what the report reads off them, and the claims that hold its prose to them."""
 
 import functools
+import io
 import math
 
 import numpy as np
@@ -64,6 +65,28 @@ def searched(runs):
             rows.append({"problem": group} | {k: s[k] for k in (*LETTERS, "norm", "rate", "seed")} | {
                 "steps": int(curve.step.iloc[-1]), "steps_to_90": steps_to(curve, 90)[s["seed"]], "percent": 100 * float(curve.correct.iloc[-1]) / s["n"]})
     return pd.DataFrame(rows)
+
+
+def differing(there, now, values, allowed=0.0):
+    """The rows in which a table is not the one made now: a line each, none where they are equal.
+
+    Rows belong together by their columns but `values`, which may be apart by `allowed`, a number or one for each row of `now`.
+    """
+    keys, there, now = [c for c in now if c not in values], *(pd.read_csv(io.StringIO(t.to_csv(index=False))) for t in (there, now))
+    if set(there) != set(now):
+        return [f"its columns are {', '.join(there)}, not {', '.join(now)}"]
+    there, now = (t[keys].map(str).join(t[values].apply(pd.to_numeric, errors="coerce")) for t in (there, now))
+    count = lambda table: table.assign(copy=table.groupby(keys).cumcount())
+    both = count(there).merge(count(now.assign(allowed=np.broadcast_to(allowed, len(now)))), on=[*keys, "copy"], how="outer", suffixes=(" there", " now"), indicator="in")
+    far = both["in"] != "both"
+    for a, b in ((both[f"{value} there"], both[f"{value} now"]) for value in values):
+        far |= ~((a == b) | a.isna() & b.isna() | ((a - b).abs() <= both.allowed * (1 + 1e-9)))
+    lines = []
+    for row in both[far].to_dict("records"):
+        said, made = (", ".join(f"{value} {row[f'{value} {place}']:g}" for value in values) for place in ("there", "now"))
+        told = {"both": f"{said}, but {made} now", "left_only": f"{said}, but no such row now", "right_only": f"missing, {made} now"}[row["in"]]
+        lines.append(" ".join(f"{key} {row[key].removesuffix('.0')}" for key in keys if row[key] != "nan") + f": {told}")
+    return lines or ([] if there[keys].equals(now[keys]) else ["its rows are in another order"])
 
 
 def matching(table, **values):

@@ -7,8 +7,10 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from lab import pool
 
@@ -126,6 +128,57 @@ def slow_run(s):
     return toy_run(s)
 
 
+def endless_run(s):
+    """A run that outlasts every test."""
+    time.sleep(600)
+
+
+def killed_run(s):
+    """A run that the system ends at seed 3, as it does where memory is short."""
+    if s.seed == 3:
+        time.sleep(1)  # until the others are kept
+        os.kill(os.getpid(), signal.SIGKILL)
+    return toy_run(s)
+
+
+def hungry_run(s):
+    """A run that asks for more memory than there is at seed 1."""
+    return toy_run(s) | ({"weights": {"w": np.ones(1 << 58)}} if s.seed == 1 else {})
+
+
+def test_a_killed_worker_is_one_line_and_finished_runs_are_kept(plan):
+    """It names the signal, what it means, where the runs are and how to go on."""
+    with pytest.raises(RuntimeError, match="a worker was killed .SIGKILL.*memory.*kept in .*LOKY_MAX_CPU_COUNT=1") as raised:
+        pool.finished({"a": toys(range(4))}, killed_run, replace(plan, workers=2))
+    assert "\n" not in str(raised.value) and raised.value.__suppress_context__
+    assert {plan.store(True).get(asdict(Toy(seed=seed))) is not None for seed in range(3)} == {True}
+    assert len(pool.finished({"a": toys(range(4))}, toy_run, replace(plan, workers=2))["a"]) == 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_without_memory_is_named_in_one_line(plan, workers):
+    with pytest.raises(RuntimeError, match="1 of 3 runs failed; the others are kept.*MemoryError: Unable to allocate") as raised:
+        pool.finished({"a": toys(range(3))}, hungry_run, replace(plan, workers=workers))
+    assert "\n" not in str(raised.value) and len(list(plan.folder.glob("*.json"))) == 2
+
+
+def test_no_worker_outlives_its_parent(tmp_path):
+    """Neither the one at work nor those that never had a run to make, a few seconds after a SIGKILL of the parent alone."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_pool as t; from lab import pool; from pathlib import Path\n"
+    code += f"pool.finished({{'a': t.toys([0, 1])}}, t.endless_run, pool.Plan(train='missing', folder=Path({str(tmp_path)!r}), workers=3))"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=pool.ROOT, stderr=subprocess.DEVNULL)
+    workers, deadline = [], time.monotonic() + 60
+    while len(workers) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        workers = [child for child in psutil.Process(parent.pid).children(recursive=True) if any("LokyProcess" in word for word in child.cmdline())]
+    parent.kill()
+    parent.wait()
+    _, left = psutil.wait_procs(workers, timeout=30)
+    for process in left:
+        process.kill()
+    assert len(workers) == 3 and not left
+
+
 @pytest.fixture
 def dask_cluster():
     """A real scheduler and two worker processes of one thread each on loopback: (address, workers)."""
@@ -145,6 +198,14 @@ def test_a_cluster_trains_and_a_killed_worker_loses_nothing(tmp_path, dask_clust
     pool.finished({"a": toys(range(6))}, slow_run, replace(alone, folder=tmp_path / "cluster", cluster=address, workers=0))
     folders = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("alone", "cluster")]
     assert folders[0] == folders[1]
+
+
+@pytest.mark.long
+def test_a_run_that_ends_every_worker_of_a_cluster_is_one_line(plan, dask_cluster):
+    """joblib itself would wait for it without end."""
+    with pytest.raises(RuntimeError, match="DASK='tcp://127.0.0.1:.*one run ended every worker that tried it, last tcp.*out of memory") as raised:
+        pool.finished({"a": toys(range(4))}, killed_run, replace(plan, cluster=dask_cluster[0]))
+    assert "\n" not in str(raised.value) and len(list(plan.folder.glob("*.json"))) == 3
 
 
 def test_no_scheduler_is_one_line(plan):

@@ -40,6 +40,42 @@ def test_searched_has_a_row_per_run():
     assert rows[["problem", "M", "rate", "steps", "steps_to_90", "percent"]].values.tolist() == [["search", 1, 0.01, 300, 200.0, 100.0], ["check", 4, 0.01, 200, 200.0, 90.0]]
 
 
+def rows(*percents, letters="abcdef"):
+    """A table of measurements, one row a percent."""
+    return pd.DataFrame({"measurement": list(letters[: len(percents)]), "layer": [math.nan, *range(1, len(percents))], "percent": percents})
+
+
+def test_differing_tables_of_equal_rows_are_equal():
+    """NaN and infinity are equal to themselves, and a number to what its CSV says."""
+    table = rows(0.1 + 0.2, math.nan, math.inf)
+    assert tables.differing(table, table.copy(), ["percent"]) == []
+
+
+def test_differing_names_every_row_that_is_changed_missing_or_added():
+    now = rows(10.0, 20.0, 30.0, 40.0)
+    there = pd.concat([rows(10.0, 20.5, 30.0), pd.DataFrame({"measurement": ["z"], "layer": [9], "percent": [1.0]})])
+    assert tables.differing(there, now, ["percent"]) == ["measurement b layer 1: percent 20.5, but percent 20 now", "measurement d layer 3: missing, percent 40 now",
+                                                         "measurement z layer 9: percent 1, but no such row now"]
+    assert tables.differing(now.assign(percent=[math.nan, 20.0, math.inf, 40.0]), now, ["percent"]) == ["measurement a: percent nan, but percent 10 now", "measurement c layer 2: percent inf, but percent 30 now"]
+
+
+def test_differing_allows_what_it_is_told():
+    now = rows(10.0, 20.0, 30.0)
+    assert tables.differing(rows(10.5, 20.5, 30.5), now, ["percent"], [0.5, 0.4, 1.0]) == ["measurement b layer 1: percent 20.5, but percent 20 now"]
+
+
+def test_differing_sees_a_row_twice_another_order_and_another_column():
+    now = rows(10.0, 20.0)
+    assert tables.differing(pd.concat([now, now[:1]]), now, ["percent"]) == ["measurement a: percent 10, but no such row now"]
+    assert tables.differing(now[::-1], now, ["percent"]) == ["its rows are in another order"]
+    assert tables.differing(now.rename(columns={"layer": "depth"}), now, ["percent"]) == ["its columns are measurement, depth, percent, not measurement, layer, percent"]
+
+
+def test_differing_names_a_row_whose_number_is_none():
+    now = rows(10.0, 20.0)
+    assert tables.differing(rows("10.0", "2O.0"), now, ["percent"]) == ["measurement b layer 1: percent nan, but percent 20 now"]
+
+
 def test_selections():
     accuracy, _ = tables.tidy({"P1a": [made(seed=1), made(accuracy=((3, 10),))], "P1b": [made(tau=5)]})
     assert tables.select(accuracy, problem="P1a", length=3).percent.tolist() == [40.0, 100.0]

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
-from lab import report
+from lab import inside, pool, replay, report, tables
 from lab.pdf import export
 from nbclient.exceptions import CellExecutionError
 from pypdf import PdfReader
@@ -53,31 +55,59 @@ def test_the_committed_report_is_not_stale():
 
 
 def test_a_stale_report_is_told(tmp_path):
-    """A changed definition, figure, output or row of a table: each is a reason."""
+    """A changed definition, figure, output or row of a table: each is a reason, and every row is named."""
     for name in ("recall.ipynb", "report.pdf"):
         shutil.copy(ROOT / name, tmp_path)
     for folder in ("figures", "lab", "cpu_mamba"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    assert report.stale(tmp_path) == []
+    assert report.stale(tmp_path, seeds=()) == []
     copy = nbformat.read(tmp_path / "recall.ipynb", as_version=4)
     next(c for c in copy.cells if "def vocabulary" in c.source).source += "\nEXTRA = 1"
     nbformat.write(copy, tmp_path / "recall.ipynb")
     (tmp_path / "figures" / "p1a.pdf").write_bytes(b"another")
-    table = tmp_path / "figures" / "accuracy.csv"
-    table.write_text(table.read_text().replace(",1000,", ",1000,1", 1))
-    found = " ".join(report.stale(tmp_path))
+    for name, number in (("accuracy", ",1000,"), ("search", ",3000,")):
+        table = tmp_path / "figures" / f"{name}.csv"
+        table.write_text(table.read_text().replace(number, number + "1", 2))
+    found = "\n".join(report.stale(tmp_path, seeds=()))
     for reason in ("figures and outputs: made by code", "figures/p1a.pdf is not the file", "figures/accuracy.csv is not the file", "report.pdf: not of the present code",
-                   "report.pdf: not of the present notebook", "figures/accuracy.csv: "):
+                   "report.pdf: not of the present notebook"):
         assert reason in found
+    assert [found.count(f"figures/{name}.csv: ") for name in ("accuracy", "convergence", "search", "mechanisms")] == [2, 0, 2, 0]
+
+
+def test_measurements_are_made_again_and_compared_up_to_rounding(tmp_path, recall):
+    """What the notebook's cells measure in one network of each kind of mixer is what the committed table says; a row that is further off than rounding moves it is named."""
+    runs = pool.finished({group: recall.EXPERIMENTS[group] for group in recall.EXPERIMENTS if pool.assigned(group)}, recall.run, pool.Plan(), say=lambda text: None)
+    few = {group: [r for r in members if r["setting"]["seed"] == 3 and (group, r["setting"]["model"]) in (("P1a", "rope"), ("P1b", "hybrid"))] for group, members in runs.items()}
+    before, now = set(Path.cwd().iterdir()), report.measured(recall, few)
+    assert set(Path.cwd().iterdir()) == before
+    committed = pd.read_csv(ROOT / "figures" / "mechanisms.csv").query("seed == 3 and M == 1 and (model == 'rope' and tau == 1 or model == 'hybrid' and tau == 5)")
+    allowed = now.measurement.map(replay.rounding)
+    assert len(now) > 50 and tables.differing(committed, now, ["percent"], allowed) == []
+    for share, named in ((0.9, 0), (1.1, len(now))):
+        moved = committed.assign(percent=committed.percent + share * committed.measurement.map(replay.rounding))
+        assert len(tables.differing(moved, now, ["percent"], allowed)) == named
+    assert [line.rsplit(": ", 1)[1][:7] for line in tables.differing(committed[1:], now, ["percent"], allowed)] == ["missing"]
+
+
+def test_rounding_is_allowed_two_answers_of_those_a_row_counts(recall, monkeypatch):
+    """No row counts fewer sequences than the allowance says, but those without any."""
+    counted, percent = [], inside.percent
+    monkeypatch.setattr(inside, "percent", lambda right: counted.append(len(right)) or percent(right))
+    runs = pool.finished({group: recall.EXPERIMENTS[group] for group in recall.EXPERIMENTS if pool.assigned(group)}, recall.run, pool.Plan(), say=lambda text: None)
+    few = {group: [r for r in members if r["setting"]["seed"] == 4 and r["setting"]["model"] == "mamba"] for group, members in runs.items()}
+    table = report.measured(recall, few)
+    for measurement, number in zip(table.measurement[~table.measurement.str.startswith("mass")], counted, strict=True):
+        assert number == 0 or 100 * replay.TIES / number <= replay.rounding(measurement), (measurement, number)
 
 
 @pytest.fixture
 def start(tmp_path):
-    """start(*arguments, **variables): Python in `tmp_path`, in a process group of its own, which ends with the test."""
+    """start(*arguments, within=(), **variables): Python in `tmp_path`, after the words of `within`, in a process group of its own, which ends with the test."""
     started = []
 
-    def start(*arguments, **variables):
-        started.append(subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, env=os.environ | variables, text=True, start_new_session=True,
+    def start(*arguments, within=(), **variables):
+        started.append(subprocess.Popen([*within, sys.executable, *arguments], cwd=tmp_path, env=os.environ | variables, text=True, start_new_session=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
         return started[-1]
     yield start
@@ -94,6 +124,14 @@ def make_report(tmp_path, start):
     for folder in ("figures", "lab", "cpu_mamba"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return lambda **variables: start("-m", "lab.report", PROFILE="smoke", **variables)
+
+
+def apart(*words):
+    """The words that run a command in namespaces of its own, as `unshare` makes them; skips the test where the system has or allows none."""
+    words = ["unshare", "--map-root-user", *words]
+    if not shutil.which("unshare") or subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    return words
 
 
 def contents(folder):
@@ -158,6 +196,38 @@ def test_a_wrong_switch_is_one_line(tmp_path, make_report, start, variables, sai
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and said in text and "Traceback" not in text
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["checkout", "store"])
+def test_a_read_only_place_is_one_line(tmp_path, make_report, place):
+    """It names the path and the cause, before anything is trained; nothing is written."""
+    folder = {"checkout": tmp_path, "store": tmp_path / "kept"}[place]
+    folder.mkdir(exist_ok=True)
+    read_only = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && cd . && exec "$@"'
+    before = contents(tmp_path)
+    said = make_report(within=[*apart("--mount"), "sh", "-c", read_only, str(folder)], RECALL_STORE=str(tmp_path / "kept")).communicate(timeout=100)[0].splitlines()
+    assert said[-1].startswith(f"report: Read-only file system: {folder}") and not any("Traceback" in line or "training:" in line for line in said)
+    assert contents(tmp_path) == before
+
+
+def test_a_notebook_runs_without_a_network(tmp_path, start):
+    """Not even loopback, by which Jupyter talks to its kernels unless told otherwise."""
+    cells = [nbformat.v4.new_code_cell("print(6 * 7)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "recall.ipynb")
+    code = "import pathlib\nfrom lab import report\nassert report.channel('x')\nprint(report.execute('recall.ipynb', pathlib.Path('.')))"
+    said = start("-c", code, within=apart("--net"), PYTHONPATH=str(ROOT)).communicate(timeout=100)[0]
+    assert said.endswith("recall.ipynb\n"), said
+    assert nbformat.read(tmp_path / "recall.ipynb", as_version=4).cells[0].outputs[0].text == "42\n"
+
+
+def test_a_killed_kernel_is_one_line(tmp_path, monkeypatch):
+    """As the system does where memory is short."""
+    cells = [nbformat.v4.new_code_cell("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "recall.ipynb")
+    monkeypatch.setattr(report, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(report, "interruptible", lambda: None)
+    monkeypatch.setattr(report, "make", lambda plan: report.execute(tmp_path / "recall.ipynb", tmp_path))
+    assert report.main([]) == "report: the notebook's kernel died (out of memory?)"
 
 
 def test_ctrl_c_in_a_cell_stops_without_a_traceback(tmp_path, start):
