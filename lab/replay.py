@@ -20,9 +20,9 @@ class Stale(AssertionError):
 
 
 def kind(run):
-    """What runs share that are opened alike: model, sizes, norm, mixed lengths."""
+    """What runs share that are opened alike: model, sizes, norm, mixed lengths, weight decay, a rate that cools."""
     s = run["setting"]
-    return s["model"], s["d"], s["norm"], s["shortest"] < s["L"]
+    return s["model"], s["d"], s["norm"], s["heads"], s["shortest"] < s["L"], s["weight_decay"] > 0, s["cooling"] > 0
 
 
 def answers_differ(run, again):
