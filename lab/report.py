@@ -245,7 +245,7 @@ def main(arguments):
     except OSError as error:
         return f"report: {error.strerror or error}: {error.filename or ''}"
     except CellExecutionError as error:
-        return f"report: a cell of {NOTEBOOK} raised:\n{error}"
+        return f"report: out of memory in a cell of {NOTEBOOK}" if error.ename == "MemoryError" else f"report: a cell of {NOTEBOOK} raised:\n{error}"
     except KeyboardInterrupt:
         return "interrupted; finished runs are kept, the same command goes on from here"
     return 0
