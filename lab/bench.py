@@ -1,17 +1,25 @@
 """Speed beside public implementations of Mamba, in one process and in turns, so that a slow spell of the machine meets all.
 
-    python -m lab.bench               tables of training steps, layers at real sizes and generation
-    python -m lab.bench --quick       the report's model alone
+    python -m lab.bench [--write] [part ...]      all parts, or some of: step, layer, plain, forward, generation, sizes
+
+step: a training step of the report's model.  layer, forward: a layer, with and without its gradients.  plain: the step-by-step scan of
+`transformers` on large layers, timed once.  generation: a token.  sizes: a layer over widths, lengths and batches.  --write puts what was measured
+into cpu_mamba/speed.csv and, from all that stands there, the table and the figure into cpu_mamba's README. --quick is the part step on its own.
 """
 
 import contextlib
+import ctypes
 import functools
+import importlib.metadata
 import math
+import platform
+import re
 import shutil
 import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,63 +30,77 @@ import cpu_mamba
 from lab import report
 from lab.pool import keep_heap, processor
 
+OURS, PLAIN, MAMBAPY, COMPILED, PRODUCTS = "cpu_mamba", "transformers", "transformers, mambapy", "transformers, torch.compile", "matrix products alone"
 LAYERS = [(256, 256, 4), (768, 512, 1), (768, 512, 4)]  # d_model, length, batch
+SIZES = [(d, length, batch) for d in (8, 64, 256, 768, 2048) for length in (64, 512, 4096) for batch in (1, 8)]
+HOME = Path(cpu_mamba.__file__).parent
+COLUMNS = ["part", "case", "threads", "name", "ms", "MB"]
 
 
-def peer(d, mambapy=False):
-    """The Mamba block of `transformers` on (batch, length, d), its scan in PyTorch or that of `mambapy`. Raises ImportError without them."""
+def peer(d, mambapy=False, associative=False):
+    """The Mamba block of `transformers` on (batch, length, d): its scan token by token, that of `mambapy`, or PyTorch's associative scan, which is for
+    torch.compile. Raises ImportError without them."""
     import transformers
     from transformers.models.mamba.modeling_mamba import MambaMixer
     transformers.logging.set_verbosity_error()  # it warns that it is slow
     if mambapy:
         from mambapy.pscan import pscan  # noqa: F401  transformers takes another path where it is missing
     return MambaMixer(transformers.MambaConfig(hidden_size=d, state_size=16, conv_kernel=4, expand=2, time_step_rank=math.ceil(d / 16), use_bias=False,
-                                               use_conv_bias=True, use_mambapy=mambapy, use_associative_scan=False), layer_idx=0)
+                                               use_conv_bias=True, use_mambapy=mambapy, use_associative_scan=associative), layer_idx=0)
 
 
-def peers():
+def peers(compiled=True):
     """{name: d -> layer} of the public implementations that can be had here."""
     found = {}
     with contextlib.suppress(ImportError):
         peer(8)
-        found["transformers"] = peer
-        if shutil.which("c++"):
-            found["transformers, torch.compile"] = lambda d: torch.compile(peer(d))
+        found[PLAIN] = peer
+        if compiled and shutil.which("c++"):
+            found[COMPILED] = lambda d: torch.compile(peer(d, associative=True))
         peer(8, mambapy=True)
-        found["transformers, mambapy"] = functools.partial(peer, mambapy=True)
+        found[MAMBAPY] = functools.partial(peer, mambapy=True)
     return found
 
 
-def medians(calls, rounds, most=20.0):
-    """Median seconds of each call, {name: seconds}, in turns, after one that compiles; one that then takes over `most` seconds is timed once."""
-    times = {}
+def trimmed_memory(call):
+    """peak_memory of call() after the heap's free pages went back to the system."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return peak_memory(call)
+
+
+def medians(calls, rounds, most=10.0):
+    """{name: (seconds, MB)}: the median of each call in turns, and the memory of one. A call that takes over `most` seconds is made once, or twice
+    where the first may have compiled; one that has taken as much in all has had its turns."""
+    times, memory = {}, {}
     for name, call in calls.items():
-        call()
-        start = time.perf_counter()
-        call()
-        times[name] = [time.perf_counter() - start]
-    slow = {name for name, (first,) in times.items() if first > most}
+        for _ in range(2):
+            start = time.perf_counter()
+            memory[name] = trimmed_memory(call)
+            times[name] = [time.perf_counter() - start]
+            if times[name][0] > most and name == PLAIN:
+                break
     for _ in range(rounds):
         for name, call in calls.items():
-            if name in slow:
+            if sum(times[name]) > most:
                 continue
             repeats = max(1, min(50, int(0.2 / max(times[name][-1], 1e-4))))
             start = time.perf_counter()
             for _ in range(repeats):
                 call()
             times[name].append((time.perf_counter() - start) / repeats)
-    return {name: float(np.median(found[1:] or found)) for name, found in times.items()}
+    return {name: (float(np.median(found[1:] or found)), memory[name]) for name, found in times.items()}
 
 
 def training_steps(names, d, rounds):
-    """Seconds of a training step of the two-layer Mamba model of width d, batch 64, length 64."""
+    """A training step of the two-layer Mamba model of width d, batch 64, length 64."""
     tokens, values = names.sample_batch(64, 64, 16, 1, 1, torch.Generator().manual_seed(0))
 
     def step(layer, make):
         model = names.Recall([layer(d), layer(d)], nn.LayerNorm, 16, d)
         cpu_mamba.flatten_parameters(model)
         return functools.partial(make(model), tokens, values)
-    calls = {"cpu_mamba, whole step": step(cpu_mamba.Mamba, names.make_step), "cpu_mamba, layers alone": step(cpu_mamba.Mamba, names.PlainStep)}
+    calls = {OURS: step(cpu_mamba.Mamba, names.make_step), "cpu_mamba, layers alone": step(cpu_mamba.Mamba, names.PlainStep)}
     return medians(calls | {name: step(layer, names.PlainStep) for name, layer in peers().items()}, rounds)
 
 
@@ -94,8 +116,8 @@ def projections(d):
     return forward
 
 
-def layer_times(d, length, batch, rounds, backward):
-    """Seconds of one layer, forward or forward and backward."""
+def layer_times(d, length, batch, rounds, backward, others, most=10.0):
+    """One layer, forward or forward and backward, beside those of `others`, {name: d -> layer}."""
     x = torch.randn(batch, length, d, requires_grad=backward)
 
     def call(forward):
@@ -105,33 +127,33 @@ def layer_times(d, length, batch, rounds, backward):
                 if backward:
                     y.sum().backward()
         return run
-    calls = {"cpu_mamba": call(cpu_mamba.Mamba(d)), "matrix products alone": call(projections(d))}
-    return medians(calls | {name: call(layer(d)) for name, layer in peers().items()}, rounds)
+    calls = {OURS: cpu_mamba.Mamba(d), PRODUCTS: projections(d)} | {name: layer(d) for name, layer in others.items()}
+    return medians({name: call(layer) for name, layer in calls.items()}, rounds, most)
 
 
 def generation(rounds, layers=24, d=768):
-    """Seconds of a token of a stack of layers, batch 1: `step` with its states, and the same stack in `transformers`."""
-    stack = nn.ModuleList(cpu_mamba.Mamba(d) for _ in range(layers))
-    states, token = [m.allocate_inference_cache(1) for m in stack], torch.randn(1, 1, d)
+    """A token of a stack of layers, batch 1: `step` with its states, and the same stack in `transformers`, on its own and on our kernels."""
+    stack = nn.ModuleList(nn.ModuleList([nn.RMSNorm(d), cpu_mamba.Mamba(d)]) for _ in range(layers))
+    states, token = [m.allocate_inference_cache(1) for _, m in stack], torch.randn(1, 1, d)
 
     @torch.no_grad()
     def ours():
         x = token
-        for m, state in zip(stack, states):
-            x = x + m.step(x, *state)[0]
+        for (norm, m), state in zip(stack, states):
+            x = x + m.step(norm(x), *state)[0]
 
     @torch.no_grad()
     def products():
         x = token[:, 0]
-        for m in stack:
+        for _, m in stack:
             z = x @ m.in_proj.weight.t()
             u = z[:, : m.d_inner]
             x = x + (u + (u @ m.x_proj.weight.t())[:, : m.dt_rank] @ m.dt_proj.weight.t()) @ m.out_proj.weight.t()
-    calls = {"cpu_mamba": ours, "matrix products alone": products}
+    calls = {OURS: ours, PRODUCTS: products}
     with contextlib.suppress(ImportError):
         import transformers
-        config = transformers.MambaConfig(hidden_size=d, num_hidden_layers=layers, vocab_size=16)
-        model = transformers.MambaModel(config).eval()
+        transformers.logging.set_verbosity_error()
+        model = transformers.MambaModel(transformers.MambaConfig(hidden_size=d, num_hidden_layers=layers, vocab_size=16)).eval()
         with torch.no_grad():
             cache = model(torch.zeros(1, 4, dtype=torch.long), use_cache=True).cache_params
         one = torch.zeros(1, 1, dtype=torch.long)
@@ -139,7 +161,11 @@ def generation(rounds, layers=24, d=768):
         @torch.no_grad()
         def theirs():
             model(one, cache_params=cache, use_cache=True)
-        calls["transformers"] = theirs
+
+        def both():
+            with cpu_mamba.use_in_transformers():
+                theirs()
+        calls |= {PLAIN: theirs, "transformers on cpu_mamba": both}
     return medians(calls, rounds)
 
 
@@ -167,40 +193,138 @@ def peak_memory(call):
     return most - before
 
 
-def table(measured):
-    """{case: {implementation: seconds}} as milliseconds and, in brackets, how many times the first's."""
-    names = list(dict.fromkeys(name for found in measured.values() for name in found))
+def shape(d, length, batch):
+    """A layer's size as the tables have it."""
+    return f"d {d}, length {length}, batch {batch}"
 
-    def entry(found, name):
-        first = next(iter(found.values()))
-        return "–" if name not in found else f"{1e3 * found[name]:,.1f}" + (f" ({found[name] / first:.3g})" if found[name] != first else "")
-    return pd.DataFrame([{"ms (times)": name} | {case: entry(found, name) for case, found in measured.items()} for name in names]).to_markdown(index=False)
+
+def measure(part, threads):
+    """Yields (case, {name: (seconds, MB)}) of a part, on as many threads as PyTorch has."""
+    if part == "step":
+        for d in (8, 64):
+            yield f"training step, d {d}", training_steps(report.definitions(), d, 7)
+    elif part in ("layer", "forward"):
+        for size in LAYERS:
+            others = {name: layer for name, layer in peers(compiled=size[1] <= 256).items() if part == "forward" or name != PLAIN or size[0] < 768}
+            yield f"{'layer' if part == 'layer' else 'layer, forward'}, {shape(*size)}", layer_times(*size, 7, part == "layer", others)
+    elif part == "plain" and threads > 1:
+        for size in LAYERS[1:]:
+            yield f"layer, {shape(*size)}", layer_times(*size, 7, True, {name: layer for name, layer in peers().items() if name == PLAIN})
+    elif part == "generation":
+        yield "token, 24 layers of d 768", generation(9)
+    elif part == "sizes" and threads > 1:
+        for d, length, batch in SIZES:
+            yield f"layer, {shape(d, length, batch)}", layer_times(d, length, batch, 3, True, {}, most=2.0)
+
+
+PARTS = ("step", "layer", "plain", "forward", "generation", "sizes")
+
+
+def times(rows):
+    """The rows with a column `times`: their time in units of ours, measured with it."""
+    key = ["part", "case", "threads"]
+    ours = rows[rows.name == OURS].set_index(key).ms
+    return rows.assign(times=rows.ms / rows.set_index(key).index.map(ours).astype(float))
+
+
+def entry(value):
+    """Three digits, a dash for what was not measured."""
+    return "–" if value != value else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(rows):
+    """A line per case and number of threads: our milliseconds, how many times that the others take, the peak memory of each."""
+    rows, lines = times(rows), []
+    for (case, threads), found in rows.groupby(["case", "threads"], sort=False):
+        of = {name: here.iloc[0] for name, here in found.groupby("name")}
+        get = lambda name, column, of=of: float(of[name][column]) if name in of else math.nan
+        lines.append({"": case, "threads": threads, "cpu_mamba, ms": entry(get(OURS, "ms"))}
+                     | {f"{name}, times": entry(get(name, "times")) for name in (PLAIN, MAMBAPY, COMPILED)}
+                     | {"ours in matrix products": entry(1 / get(PRODUCTS, "times"))}
+                     | {"MB (each)": " / ".join(entry(get(name, "MB")) for name in (OURS, PLAIN, MAMBAPY, COMPILED))})
+    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+
+
+def sizes_table(rows):
+    """Microseconds per token of a layer's forward and backward and, in brackets, in units of its matrix products."""
+    rows, cells = times(rows), {}
+    for case, found in rows.groupby("case", sort=False):
+        d, length, batch = map(int, re.findall(r"\d+", case))
+        of = found.set_index("name")
+        cells.setdefault(f"d {d}", {})[f"{length} x {batch}"] = f"{1e3 * of.ms[OURS] / length / batch:.3g} ({1 / of.times[PRODUCTS]:.2f})"
+    return pd.DataFrame(cells).T.to_markdown()
+
+
+def figure(rows, path):
+    """How many times our time the others take, on two threads: a dot for each, on a logarithmic axis."""
+    import matplotlib.pyplot as plt
+
+    from lab.figures import STYLE
+    rows = times(rows)
+    rows = rows[(rows.threads == rows.threads.max())]
+    cases = list(dict.fromkeys(rows.case))
+    looks = {PLAIN: ("s", "#D55E00"), MAMBAPY: ("^", "#0072B2"), COMPILED: ("D", "#AA3377"), PRODUCTS: ("|", "#333333")}
+    with plt.rc_context(STYLE | {"svg.hashsalt": "speed", "svg.fonttype": "none"}):
+        drawn, axis = plt.subplots(figsize=(7.2, 0.4 + 0.3 * len(cases)))
+        for name, (mark, colour) in looks.items():
+            found = rows[rows.name == name]
+            axis.plot(found.times, [cases.index(case) for case in found.case], mark, color=colour, markersize=7, label=name)
+        axis.axvline(1, color="#009E73", label="cpu_mamba")
+        axis.set(xscale="log", xlabel="time, in units of cpu_mamba's", yticks=range(len(cases)), yticklabels=cases, ylim=(len(cases) - 0.5, -0.5))
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        drawn.savefig(path, metadata={"Date": None})
+    plt.close(drawn)
+
+
+def caption(threads):
+    """What the numbers were measured on and with."""
+    versions = []
+    for package in ("torch", "numba", "transformers", "mambapy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    return (f"`python -m lab.bench --write` on {processor()}, {' and '.join(map(str, threads))} threads, float32; Python {platform.python_version()}, "
+            f"{', '.join(versions)}. Medians of turns in one process; the plain scan of large layers once.")
+
+
+def write(rows, home=HOME):
+    """Put rows in place of their like in speed.csv, and all of it into the README and its figure."""
+    path, readme = home / "speed.csv", home / "README.md"
+    if path.exists():
+        old = pd.read_csv(path)
+        rows = pd.concat([old[~old.part.isin(set(rows.part))], rows])
+    rows = rows.sort_values("part", key=lambda part: part.map(PARTS.index), kind="stable")
+    rows.round({"ms": 4, "MB": 1}).to_csv(path, index=False)
+    shown = rows[rows.part != "sizes"]
+    figure(shown, home / "speed.svg")
+    text = (f"{table(shown)}\n\n{caption(sorted(set(rows.threads)))} Times: how many times our time; in matrix products: our time over that of the layer's "
+            "matrix products alone by PyTorch. MB: how much the process grew in a call, in the order of the columns.\n\n"
+            "![Time of each implementation in units of cpu_mamba's](speed.svg)")
+    before, rest = readme.read_text(encoding="utf-8").split("<!-- bench -->")
+    readme.write_text(f"{before}<!-- bench -->\n{text}\n<!-- /bench -->{rest.split('<!-- /bench -->')[1]}", encoding="utf-8")
 
 
 def main(arguments):
     """What `make bench` prints."""
-    if arguments not in ([], ["--quick"]):
-        return f"{' '.join(arguments)}: unknown, --quick or nothing"
+    wanted = ["step" if a == "--quick" else a for a in arguments if a != "--write"]
+    if unknown := [a for a in wanted if a not in PARTS]:
+        return f"{' '.join(unknown)}: unknown, --write, --quick or some of {', '.join(PARTS)}"
     keep_heap()
     warnings.filterwarnings("ignore", module="torch._dynamo")  # torch.compile says much of others' code
     torch.set_flush_denormal(True)
-    names, everything = report.definitions(), not arguments
-    print(f"{processor()}; medians of turns in one process\n")
-    for threads in dict.fromkeys((1, torch.get_num_threads())):
-        torch.set_num_threads(threads)
-        print(f"Training step of the two-layer model, batch 64, length 64, {threads} threads\n")
-        print(table({f"d {d}": training_steps(names, d, 9) for d in (8, 64)}), flush=True)
-        for backward in (True, False) if everything else ():
-            print(f"\nOne layer, forward{' and backward' * backward}, {threads} threads\n")
-            print(table({f"d {d}, length {length}, batch {batch}": layer_times(d, length, batch, 7, backward) for d, length, batch in LAYERS}), flush=True)
-        if everything:
-            print(f"\nA token of 24 layers of d_model 768, batch 1, {threads} threads\n")
-            print(table({"generation": generation(7)}), "\n", flush=True)
-    if everything:
-        x = torch.randn(1, 2048, 768, requires_grad=True)
-        layer = cpu_mamba.Mamba(768)
-        layer(x).sum().backward()
-        print(f"peak memory of forward and backward, d_model 768, length 2,048: {peak_memory(lambda: layer(x).sum().backward()):.0f} MB")
+    rows = []
+    print(f"{processor()}; medians of turns in one process")
+    for part in wanted or PARTS:
+        here = []
+        for threads in dict.fromkeys((1, torch.get_num_threads())):
+            torch.set_num_threads(threads)
+            for case, found in measure(part, threads):
+                here += [dict(zip(COLUMNS, (part, case, threads, name, 1e3 * seconds, MB))) for name, (seconds, MB) in found.items()]
+                print(f"  {case}, {threads} threads: " + ", ".join(f"{name} {1e3 * seconds:.4g} ms" for name, (seconds, _) in found.items()), flush=True)
+        if here:
+            print(f"\n{(sizes_table if part == 'sizes' else table)(pd.DataFrame(here))}\n", flush=True)
+        rows += here
+        if "--write" in arguments and here:
+            write(pd.DataFrame(here))
     return 0
 
 
