@@ -1,10 +1,11 @@
 """Speed beside public implementations of Mamba, in one process and in turns, so that a slow spell of the machine meets all.
 
-    python -m lab.bench [--write] [part ...]      all parts, or some of: step, layer, plain, forward, generation, sizes
+    python -m lab.bench [--write] [part ...]      all parts, or some of them
 
-step: a training step of the report's model.  layer, forward: a layer, with and without its gradients.  plain: the step-by-step scan of
-`transformers` on large layers, timed once.  generation: a token.  sizes: a layer over widths, lengths and batches.  --write puts what was measured
-into cpu_mamba/speed.csv and, from all that stands there, the table and the figure into cpu_mamba's README. --quick is the part step on its own.
+step: a training step of the report's model.  layer, forward: a layer, with and without its gradients.  plain: the token-by-token scan of
+`transformers` on large layers, timed once.  compiled-step, compiled-layer: beside torch.compile, which takes a minute for each.  generation: a
+token.  sizes: a layer over widths, lengths and batches.  --write puts what was measured into cpu_mamba/speed.csv and, from all that stands there,
+the table and the figure into cpu_mamba's README.  --quick is the part step on its own.
 """
 
 import contextlib
@@ -49,16 +50,16 @@ def peer(d, mambapy=False, associative=False):
                                                use_conv_bias=True, use_mambapy=mambapy, use_associative_scan=associative), layer_idx=0)
 
 
-def peers(compiled=True):
-    """{name: d -> layer} of the public implementations that can be had here."""
+def peers(*names):
+    """{name: d -> layer} of those of the named public implementations that can be had here."""
+    made = {PLAIN: peer, MAMBAPY: functools.partial(peer, mambapy=True)}
+    if shutil.which("c++"):
+        made[COMPILED] = lambda d: torch.compile(peer(d, associative=True))
     found = {}
-    with contextlib.suppress(ImportError):
-        peer(8)
-        found[PLAIN] = peer
-        if compiled and shutil.which("c++"):
-            found[COMPILED] = lambda d: torch.compile(peer(d, associative=True))
-        peer(8, mambapy=True)
-        found[MAMBAPY] = functools.partial(peer, mambapy=True)
+    for name in names:
+        with contextlib.suppress(ImportError, KeyError):
+            made[name](8)
+            found[name] = made[name]
     return found
 
 
@@ -92,8 +93,9 @@ def medians(calls, rounds, most=10.0):
     return {name: (float(np.median(found[1:] or found)), memory[name]) for name, found in times.items()}
 
 
-def training_steps(names, d, rounds):
+def training_steps(d, rounds, others):
     """A training step of the two-layer Mamba model of width d, batch 64, length 64."""
+    names = report.definitions()
     tokens, values = names.sample_batch(64, 64, 16, 1, 1, torch.Generator().manual_seed(0))
 
     def step(layer, make):
@@ -101,7 +103,7 @@ def training_steps(names, d, rounds):
         cpu_mamba.flatten_parameters(model)
         return functools.partial(make(model), tokens, values)
     calls = {OURS: step(cpu_mamba.Mamba, names.make_step), "cpu_mamba, layers alone": step(cpu_mamba.Mamba, names.PlainStep)}
-    return medians(calls | {name: step(layer, names.PlainStep) for name, layer in peers().items()}, rounds)
+    return medians(calls | {name: step(layer, names.PlainStep) for name, layer in others.items()}, rounds)
 
 
 def projections(d):
@@ -200,24 +202,24 @@ def shape(d, length, batch):
 
 def measure(part, threads):
     """Yields (case, {name: (seconds, MB)}) of a part, on as many threads as PyTorch has."""
-    if part == "step":
+    whole, some, compiled, plain = (peers(*names) for names in ((PLAIN, MAMBAPY), (MAMBAPY,), (COMPILED,), (PLAIN,)))
+    if part == "step" or part == "compiled-step" and threads > 1 and compiled:
         for d in (8, 64):
-            yield f"training step, d {d}", training_steps(report.definitions(), d, 7)
+            yield f"training step, d {d}", training_steps(d, 7, whole if part == "step" else compiled)
     elif part in ("layer", "forward"):
         for size in LAYERS:
-            others = {name: layer for name, layer in peers(compiled=size[1] <= 256).items() if part == "forward" or name != PLAIN or size[0] < 768}
-            yield f"{'layer' if part == 'layer' else 'layer, forward'}, {shape(*size)}", layer_times(*size, 7, part == "layer", others)
-    elif part == "plain" and threads > 1:
-        for size in LAYERS[1:]:
-            yield f"layer, {shape(*size)}", layer_times(*size, 7, True, {name: layer for name, layer in peers().items() if name == PLAIN})
+            yield f"{part}, {shape(*size)}", layer_times(*size, 7, part == "layer", whole if part == "forward" or size[0] < 768 else some)
+    elif part == "plain" and threads > 1 or part == "compiled-layer" and threads > 1 and compiled:
+        for size in LAYERS[1:] if part == "plain" else LAYERS[:2]:
+            yield f"layer, {shape(*size)}", layer_times(*size, 7, True, plain if part == "plain" else compiled)
     elif part == "generation":
         yield "token, 24 layers of d 768", generation(9)
     elif part == "sizes" and threads > 1:
-        for d, length, batch in SIZES:
-            yield f"layer, {shape(d, length, batch)}", layer_times(d, length, batch, 3, True, {}, most=2.0)
+        for size in SIZES:
+            yield f"layer, {shape(*size)}", layer_times(*size, 3, True, {}, most=2.0)
 
 
-PARTS = ("step", "layer", "plain", "forward", "generation", "sizes")
+PARTS = ("step", "compiled-step", "layer", "plain", "compiled-layer", "forward", "generation", "sizes")
 
 
 def times(rows):
@@ -236,7 +238,7 @@ def table(rows):
     """A line per case and number of threads: our milliseconds, how many times that the others take, the peak memory of each."""
     rows, lines = times(rows), []
     for (case, threads), found in rows.groupby(["case", "threads"], sort=False):
-        of = {name: here.iloc[0] for name, here in found.groupby("name")}
+        of = {name: here.iloc[0] for name, here in found.groupby("name")}  # each beside ours of its own part
         get = lambda name, column, of=of: float(of[name][column]) if name in of else math.nan
         lines.append({"": case, "threads": threads, "cpu_mamba, ms": entry(get(OURS, "ms"))}
                      | {f"{name}, times": entry(get(name, "times")) for name in (PLAIN, MAMBAPY, COMPILED)}
@@ -286,15 +288,20 @@ def caption(threads):
             f"{', '.join(versions)}. Medians of turns in one process; the plain scan of large layers once.")
 
 
-def write(rows, home=HOME):
-    """Put rows in place of their like in speed.csv, and all of it into the README and its figure."""
-    path, readme = home / "speed.csv", home / "README.md"
+def keep(rows, home=HOME):
+    """Put rows in place of their like in speed.csv; all that stands there."""
+    path, key = home / "speed.csv", ["part", "case", "threads"]
     if path.exists():
         old = pd.read_csv(path)
-        rows = pd.concat([old[~old.part.isin(set(rows.part))], rows])
+        rows = pd.concat([old[~old.set_index(key).index.isin(rows.set_index(key).index)], rows])
     rows = rows.sort_values("part", key=lambda part: part.map(PARTS.index), kind="stable")
     rows.round({"ms": 4, "MB": 1}).to_csv(path, index=False)
-    shown = rows[rows.part != "sizes"]
+    return rows
+
+
+def write(rows, home=HOME):
+    """The table and the figure of rows into the README."""
+    shown, readme = rows[rows.part != "sizes"], home / "README.md"
     figure(shown, home / "speed.svg")
     text = (f"{table(shown)}\n\n{caption(sorted(set(rows.threads)))} Times: how many times our time; in matrix products: our time over that of the layer's "
             "matrix products alone by PyTorch. MB: how much the process grew in a call, in the order of the columns.\n\n"
@@ -311,20 +318,21 @@ def main(arguments):
     keep_heap()
     warnings.filterwarnings("ignore", module="torch._dynamo")  # torch.compile says much of others' code
     torch.set_flush_denormal(True)
-    rows = []
+    most = torch.get_num_threads()
     print(f"{processor()}; medians of turns in one process")
     for part in wanted or PARTS:
         here = []
-        for threads in dict.fromkeys((1, torch.get_num_threads())):
+        for threads in dict.fromkeys((1, most)):
             torch.set_num_threads(threads)
             for case, found in measure(part, threads):
-                here += [dict(zip(COLUMNS, (part, case, threads, name, 1e3 * seconds, MB))) for name, (seconds, MB) in found.items()]
+                new = [dict(zip(COLUMNS, (part, case, threads, name, 1e3 * seconds, MB))) for name, (seconds, MB) in found.items()]
+                here += new
+                stored = keep(pd.DataFrame(new)) if "--write" in arguments else None
                 print(f"  {case}, {threads} threads: " + ", ".join(f"{name} {1e3 * seconds:.4g} ms" for name, (seconds, _) in found.items()), flush=True)
         if here:
             print(f"\n{(sizes_table if part == 'sizes' else table)(pd.DataFrame(here))}\n", flush=True)
-        rows += here
         if "--write" in arguments and here:
-            write(pd.DataFrame(here))
+            write(stored)
     return 0
 
 
