@@ -235,16 +235,18 @@ def entry(value):
 
 
 def table(rows):
-    """A line per case and number of threads: our milliseconds, how many times that the others take, the peak memory of each."""
+    """A line per case and number of threads: our milliseconds, how many times that the others take, ours in units of the matrix products, memory."""
     rows, lines = times(rows), []
     for (case, threads), found in rows.groupby(["case", "threads"], sort=False):
-        of = {name: here.iloc[0] for name, here in found.groupby("name")}  # each beside ours of its own part
-        get = lambda name, column, of=of: float(of[name][column]) if name in of else math.nan
-        lines.append({"": case, "threads": threads, "cpu_mamba, ms": entry(get(OURS, "ms"))}
-                     | {f"{name}, times": entry(get(name, "times")) for name in (PLAIN, MAMBAPY, COMPILED)}
-                     | {"ours in matrix products": entry(1 / get(PRODUCTS, "times"))}
-                     | {"MB (each)": " / ".join(entry(get(name, "MB")) for name in (OURS, PLAIN, MAMBAPY, COMPILED))})
-    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+        of = {name: here.iloc[0] for name, here in found.groupby("name")}  # each in units of ours of its own part
+
+        def get(name, column, of=of):
+            return float(of[name][column]) if name in of else math.nan
+        cells = [entry(get(OURS, "ms")), *(entry(get(name, "times")) for name in (PLAIN, MAMBAPY, COMPILED)), entry(1 / get(PRODUCTS, "times"))]
+        memory = [get(name, "MB") for name in (OURS, PLAIN, MAMBAPY, COMPILED)]
+        lines.append([case, str(threads), *cells, " / ".join("–" if mb != mb else f"{mb:,.0f}" for mb in memory)])
+    heads = ["", "threads", "ms", "`transformers`", "mambapy", "torch.compile", "of products", "MB"]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, [":--"] + ["--:"] * 7, *lines))
 
 
 def sizes_table(rows):
@@ -303,8 +305,9 @@ def write(rows, home=HOME):
     """The table and the figure of rows into the README."""
     shown, readme = rows[rows.part != "sizes"], home / "README.md"
     figure(shown, home / "speed.svg")
-    text = (f"{table(shown)}\n\n{caption(sorted(set(rows.threads)))} Times: how many times our time; in matrix products: our time over that of the layer's "
-            "matrix products alone by PyTorch. MB: how much the process grew in a call, in the order of the columns.\n\n"
+    text = (f"{table(shown)}\n\n{caption(sorted(set(rows.threads)))} In the columns of `transformers`, with its token-by-token "
+            "scan, with mambapy's and compiled: how many times our time. Of products: our time over that of the layer's matrix products alone, by PyTorch. "
+            "MB: how much the process grew in a call, ours and theirs in the order of the columns.\n\n"
             "![Time of each implementation in units of cpu_mamba's](speed.svg)")
     before, rest = readme.read_text(encoding="utf-8").split("<!-- bench -->")
     readme.write_text(f"{before}<!-- bench -->\n{text}\n<!-- /bench -->{rest.split('<!-- /bench -->')[1]}", encoding="utf-8")
