@@ -58,7 +58,7 @@ def test_a_part_measures_every_case(part, monkeypatch):
     monkeypatch.setattr(bench, "peers", lambda *names: {})
     monkeypatch.setattr(bench, "LAYERS", [(8, 5, 1)])
     monkeypatch.setattr(bench, "generation", lambda rounds, whole=bench.generation: whole(rounds, 2, 8))
-    monkeypatch.setattr(bench, "medians", lambda calls, rounds, most=1: {name: call() or (1.0, 2.0) for name, call in calls.items()})
+    monkeypatch.setattr(bench, "medians", lambda calls, rounds: {name: call() or (1.0, 2.0) for name, call in calls.items()})
     found = dict(bench.measure(part, 1))
     assert len(found) == {"step": 2, "layer": 1, "generation": 1}[part] and all(bench.OURS in measured for measured in found.values())
 
