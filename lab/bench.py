@@ -32,6 +32,7 @@ from lab import report
 from lab.pool import keep_heap, processor
 
 OURS, PLAIN, MAMBAPY, COMPILED, PRODUCTS = "cpu_mamba", "transformers", "transformers, mambapy", "transformers, torch.compile", "matrix products alone"
+LAYERWISE = "cpu_mamba, layers alone"  # under autograd, without the fused step
 LAYERS = [(256, 256, 4), (768, 512, 1), (768, 512, 4)]  # d_model, length, batch
 SIZES = [(d, length, batch) for d in (8, 64, 256, 768, 2048) for length in (64, 512, 4096) for batch in (1, 8)]
 HOME = Path(cpu_mamba.__file__).parent
@@ -70,7 +71,7 @@ def trimmed_memory(call):
     return peak_memory(call)
 
 
-def medians(calls, rounds, most=10.0, compiles=(OURS, "cpu_mamba, layers alone", COMPILED)):
+def medians(calls, rounds, most=10.0, compiles=(OURS, LAYERWISE, COMPILED)):
     """{name: (seconds, MB)}: the median of each call in turns, and the memory of one. A call that takes over `most` seconds is made once, or twice
     where the first may compile; one that has taken as much in all has had its turns."""
     times, memory = {}, {}
@@ -102,7 +103,7 @@ def training_steps(d, rounds, others):
         model = names.Recall([layer(d), layer(d)], nn.LayerNorm, 16, d)
         cpu_mamba.flatten_parameters(model)
         return functools.partial(make(model), tokens, values)
-    calls = {OURS: step(cpu_mamba.Mamba, names.make_step), "cpu_mamba, layers alone": step(cpu_mamba.Mamba, names.PlainStep)}
+    calls = {OURS: step(cpu_mamba.Mamba, names.make_step), LAYERWISE: step(cpu_mamba.Mamba, names.PlainStep)}
     return medians(calls | {name: step(layer, names.PlainStep) for name, layer in others.items()}, rounds)
 
 
@@ -273,6 +274,8 @@ def figure(rows, path):
         drawn, axis = plt.subplots(figsize=(7.2, 0.4 + 0.3 * len(cases)))
         for name, (mark, colour) in looks.items():
             found = rows[rows.name == name]
+            if found.empty:
+                continue
             axis.plot(found.times, [cases.index(case) for case in found.case], mark, color=colour, markersize=7, label=name)
         axis.axvline(1, color="#009E73", label="cpu_mamba")
         axis.set(xscale="log", xlabel="time, in units of cpu_mamba's", yticks=range(len(cases)), yticklabels=cases, ylim=(len(cases) - 0.5, -0.5))
@@ -306,10 +309,12 @@ def write(rows, home=HOME):
     """The table and the figure of rows into the README."""
     shown, readme = rows[rows.part != "sizes"], home / "README.md"
     figure(shown, home / "speed.svg")
+    layers = times(shown)[shown.name == LAYERWISE].times
+    alone = f"The training step is `fused_step`'s; by `Mamba` layers under autograd it takes {layers.min():.1f} to {layers.max():.1f} times as long.\n\n" if len(layers) else ""
     text = (f"{table(shown)}\n\n{caption(sorted(set(rows.threads)))} In the columns of `transformers`, with its token-by-token "
             "scan, with mambapy's and compiled: how many times our time. Of products: our time over that of the layer's matrix products alone, by PyTorch. "
             "MB: how much the process grew in a call, ours and theirs in the order of the columns.\n\n"
-            "![Time of each implementation in units of cpu_mamba's](speed.svg)")
+            f"{alone}![Time of each implementation in units of cpu_mamba's](speed.svg)")
     before, rest = readme.read_text(encoding="utf-8").split("<!-- bench -->")
     readme.write_text(f"{before}<!-- bench -->\n{text}\n<!-- /bench -->{rest.split('<!-- /bench -->')[1]}", encoding="utf-8")
 
