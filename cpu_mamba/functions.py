@@ -369,16 +369,17 @@ def selective_scan_fn(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: 
 
     u, delta, z (batch, dim, length); A (dim, state); B, C (batch, state, length), (batch, groups, state, length) or (dim, state);
     D, delta_bias (dim,). Returns (batch, dim, length) in the dtype of u and, if asked, the last state (batch, dim, state); both are
-    differentiable in every tensor. `initial_state` (batch, dim, state), beyond mamba_ssm's: the last state of what came before, else zeros. float32 and half precision on the CPU run in the fused kernel, in float32. The plain recurrence
-    (`selective_scan_ref`) takes all else: other dtypes and devices, B or C (dim, state), complex A (its B and C (..., 2 length), real and
-    imaginary parts side by side), states that could grow (delta A > 0), PyTorch's transforms and tracers, second derivatives.
+    differentiable in every tensor. `initial_state` (batch, dim, state), beyond mamba_ssm's: the last state of what came before, else zeros.
+    float32 and half precision on the CPU run in the fused kernel, in float32. The plain recurrence (`selective_scan_ref`) takes all else: other
+    dtypes and devices, complex A (its B and C (..., 2 length), real and imaginary parts side by side), states that could grow (delta A > 0),
+    PyTorch's transforms and tracers, second derivatives.
     Raises ValueError for shapes and devices that do not fit, TypeError for what is no floating tensor.
     """
     given = u, delta, A, B, C, D, z, delta_bias, initial_state
     check_scan(*given)
-    if not (fits(*given) and B.dim() > 2 and C.dim() > 2 and decays(delta, A, delta_bias, delta_softplus)):
+    if not (fits(*given) and decays(delta, A, delta_bias, delta_softplus)):
         return selective_scan_ref(*given[:-1], delta_softplus, return_last_state, initial_state)
-    out, last = grouped_scan(*as_float32(given), delta_softplus)
+    out, last = (grouped_scan if B.dim() > 2 and C.dim() > 2 else constant_scan)(*as_float32(given), delta_softplus)
     out = out.transpose(1, 2).to(u.dtype)
     return (out, last) if return_last_state else out
 
@@ -391,3 +392,20 @@ def grouped_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, softplus):
     results = [SelectiveScan.apply(part(u, 1, g), part(delta, 1, g), part(A, 0, g), B[:, g * B.shape[1] // groups], C[:, g * C.shape[1] // groups],
                                    part(D, 0, g), part(z, 1, g), part(delta_bias, 0, g), part(initial_state, 1, g), softplus) for g in range(groups)]
     return results[0] if groups == 1 else [torch.cat(parts, axis) for parts, axis in zip(zip(*results), (2, 1))]
+
+
+def constant_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, softplus):
+    """SelectiveScan where B or C is (dim, state): each state of a channel is a channel of one state, its input times B and its output times C.
+
+    Needs memory for all states of all tokens, as the plain recurrence does under autograd.
+    """
+    (batch, dim, length), N = u.shape, A.shape[1]
+    B, C = (x[None, :, :, None] if x.dim() == 2 else (x if x.dim() == 4 else x[:, None]) for x in (B, C))
+    B, C = (x.repeat_interleave(dim // x.shape[1], 1) for x in (B, C))  # (batch or 1, dim, state, length or 1)
+    ones, bias = u.new_ones(batch, 1, length), None if delta_bias is None else delta_bias.repeat_interleave(N)
+    first = None if initial_state is None else initial_state.reshape(batch, -1, 1)
+    inputs = (u[:, :, None] * B).flatten(1, 2), delta.repeat_interleave(N, 1), A.reshape(-1, 1), ones, ones
+    states, last = SelectiveScan.apply(*inputs, None, None, bias, first, softplus)
+    out = (states.view(batch, length, dim, N) * C.permute(0, 3, 1, 2)).sum(-1)
+    out = out if D is None else out + D * u.transpose(1, 2)
+    return out if z is None else out * F.silu(z.transpose(1, 2)), last.view(batch, dim, N)

@@ -112,19 +112,73 @@ def state_token(form, state, x, dt, A, B, C, D, z, dt_bias):
     return out
 
 
+# States that lie elsewhere
+
+def check_indices(name, indices, batch, device):
+    """Raise TypeError or ValueError unless `indices` is one integer for each sequence."""
+    check_tensors(**{name: indices})
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} of dtype {indices.dtype}: int32 or int64 is needed")
+    if tuple(indices.shape) != (batch,) or indices.device != device:
+        raise ValueError(f"{name} of shape {tuple(indices.shape)} on {indices.device}: {(batch,)} on {device} is needed")
+
+
+def at_rows(name, indices, update, state, x, *others):
+    """update(rows of state, x, *others) for the sequences whose index is not negative, their rows put back; zeros for the others, which are padding."""
+    check_tensors(state=state, x=x)
+    check_indices(name, indices, len(x) if x.dim() else 0, x.device)
+    live = indices >= 0
+    rows = indices[live].long()
+    if rows.numel() and int(rows.max()) >= len(state):
+        raise ValueError(f"{name} up to {int(rows.max())}: less than {len(state)}, the number of states, is needed")
+    if len(rows.unique()) < len(rows):
+        raise ValueError(f"{name}={indices.tolist()}: a state can be that of one sequence alone")
+    if not rows.numel():
+        return torch.zeros_like(x)
+    picked = state[rows]
+    found = update(picked, x[live], *(t[live] if isinstance(t, torch.Tensor) else t for t in others))
+    state.index_copy_(0, rows, picked)
+    out = found.new_zeros(x.shape)
+    out[live] = found
+    return out
+
+
+def circular_update(x, conv_state, weight, bias, activation, lengths):
+    """causal_conv1d_update where the input of token t stands in column t % columns, `lengths` tokens having come before."""
+    check_indices("cache_seqlens", lengths, len(x), x.device)
+    (batch, dim, columns), steps = conv_state.shape, x if x.dim() == 3 else x[..., None]
+    n = steps.shape[2]
+
+    def places(first, last):
+        return ((lengths.long()[:, None] + torch.arange(first, last, device=x.device)) % columns)[:, None].expand(-1, dim, -1)
+    out = causal_conv1d_update(x, conv_state.gather(2, places(1 - weight.shape[1], 0)), weight, bias, activation)
+    kept = min(columns, n)
+    conv_state.scatter_(2, places(n - kept, n), steps[..., n - kept:].to(conv_state.dtype))
+    return out
+
+
 # Public operators
 
 def causal_conv1d_update(x: torch.Tensor, conv_state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
-                         activation: str | None = None) -> torch.Tensor:
+                         activation: str | None = None, cache_seqlens: torch.Tensor | None = None,
+                         conv_state_indices: torch.Tensor | None = None) -> torch.Tensor:
     """Causal depthwise convolution of the next token or tokens, as causal_conv1d's `causal_conv1d_update`.
 
     x (batch, dim) or (batch, dim, length); conv_state (batch, dim, columns), the last inputs, at least width - 1 of them, which move on in
     place; weight (dim, width), bias (dim,); `activation` None, "silu" or "swish". Returns the shape and dtype of x.
+    `cache_seqlens` (batch,), the number of tokens before these: the columns are then a ring, in which token t stands at t modulo their number.
+    `conv_state_indices` (batch,): conv_state has any number of rows, and that of sequence i is conv_state_indices[i]; where that is negative the
+    sequence is padding, whose output is 0, and no state changes.
     One float32 token on the CPU runs in a kernel; all else, and what a gradient is wanted of, in plain PyTorch.
-    Raises ValueError for shapes and devices that do not fit and for another activation, TypeError for a dtype that is not floating.
+    Raises ValueError for shapes and devices that do not fit, for another activation and an index that is none of a row or comes twice, TypeError for a
+    dtype that is not floating, and of indices not int32 or int64.
     """
     if activation not in (None, "silu", "swish"):
         raise ValueError(f'activation={activation!r}: None, "silu" or "swish" is needed')
+    if conv_state_indices is not None:
+        def update(state, x, lengths):
+            return causal_conv1d_update(x, state, weight, bias, activation, lengths)
+        return at_rows("conv_state_indices", conv_state_indices, update, conv_state, x, cache_seqlens)
     check_tensors(x=x, conv_state=conv_state, weight=weight)
     if x.dim() not in (2, 3) or weight.dim() != 2 or conv_state.dim() != 3 or not weight.shape[1] or conv_state.shape[2] < weight.shape[1] - 1:
         raise ValueError(f"x of shape {tuple(x.shape)}, conv_state of shape {tuple(conv_state.shape)}, weight of shape {tuple(weight.shape)}: "
@@ -133,6 +187,8 @@ def causal_conv1d_update(x: torch.Tensor, conv_state: torch.Tensor, weight: torc
     batch, dim = x.shape[:2]
     check("x", x, dict(x=(x, tuple(x.shape)), conv_state=(conv_state, (batch, dim, conv_state.shape[2])), weight=(weight, (dim, weight.shape[1])),
                        bias=(bias, (dim,))))
+    if cache_seqlens is not None and conv_state.shape[2]:
+        return circular_update(x, conv_state, weight, bias, activation, cache_seqlens)
     one = x.dim() == 2 or x.shape[2] == 1
     if not (one and kernels_take(x, conv_state, weight, bias) and writable(conv_state)):
         return causal_conv1d_update_ref(x, conv_state, weight, bias, activation)
@@ -141,15 +197,22 @@ def causal_conv1d_update(x: torch.Tensor, conv_state: torch.Tensor, weight: torc
 
 def selective_state_update(state: torch.Tensor, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
                            D: torch.Tensor | None = None, z: torch.Tensor | None = None, dt_bias: torch.Tensor | None = None,
-                           dt_softplus: bool = False) -> torch.Tensor:
+                           dt_softplus: bool = False, state_batch_indices: torch.Tensor | None = None) -> torch.Tensor:
     """One step of the selective scan, as mamba_ssm's `selective_state_update` (Mamba paper, eq. 2).
 
     state (batch, dim, dstate), brought up to date in place; x, dt, z (batch, dim); A (dim, dstate); B, C (batch, dstate) or
     (batch, 1, dstate); D, dt_bias (dim,). With heads: state (batch, nheads, dim, dstate), x, dt, z (batch, nheads, dim), A (nheads, dim,
     dstate), B, C (batch, ngroups, dstate), D, dt_bias (nheads, dim). Returns the shape and dtype of x.
+    `state_batch_indices` (batch,): state has any number of rows, and that of sequence i is state_batch_indices[i]; where that is negative the
+    sequence is padding, whose output is 0, and no state changes.
     float32 on the CPU runs in a kernel; all else, and what a gradient is wanted of, in plain PyTorch.
-    Raises ValueError for shapes and devices that do not fit, TypeError for what is no tensor of real floating dtype.
+    Raises ValueError for shapes and devices that do not fit and an index that is none of a row or comes twice, TypeError for what is no tensor of
+    real floating dtype, and of indices not int32 or int64.
     """
+    if state_batch_indices is not None:
+        def update(state, x, dt, B, C, z):
+            return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        return at_rows("state_batch_indices", state_batch_indices, update, state, x, dt, B, C, z)
     check_update(state, x, dt, A, B, C, D, z, dt_bias)
     given = state, x, dt, A, B, C, D, z, dt_bias
     if not (kernels_take(*given) and writable(state)):

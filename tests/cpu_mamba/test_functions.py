@@ -96,7 +96,7 @@ def test_an_empty_batch(fn, ref, make):
 
 @pytest.mark.parametrize("kind_B", ["shared", "one group", "two groups", "four groups", "constant"])
 @pytest.mark.parametrize("kind_C", ["shared", "two groups", "constant"])
-def test_B_and_C_of_every_kind(kind_B, kind_C):
+def test_B_and_C_of_every_kind(calls, kind_B, kind_C):
     """(batch, state, length), per group of channels, or constant (dim, state), in any combination; against a recurrence with all of it written out."""
     dim, N, length = 8, 3, 12
     shapes = {"shared": (2, N, length), "one group": (2, 1, N, length), "two groups": (2, 2, N, length), "four groups": (2, 4, N, length),
@@ -116,6 +116,7 @@ def test_B_and_C_of_every_kind(kind_B, kind_C):
             ys.append((h * C[..., t]).sum(-1))
         return (torch.stack(ys, -1) + D[:, None] * u) * nn.functional.silu(z), h
     assert_parity(selective_scan_fn, recurrence, arguments)
+    assert {"forward_tasks", "backward_tasks"} <= set(calls)
     wanted = recurrence(**double(arguments))
     assert all(torch.allclose(a, b) for a, b in zip(selective_scan_ref(**double(arguments)), wanted))
 
