@@ -132,8 +132,14 @@ def shares(batch: int, blocks: int) -> list:
 
     Sequences are in up to UNITS groups; where they are fewer their `blocks` of channels are split, into shares of at least four.
     """
+    return shares_among(torch.get_num_threads(), batch, blocks)
+
+
+@functools.lru_cache(256)
+def shares_among(threads, batch, blocks):
+    """shares for a number of threads."""
     groups, split = min(batch, UNITS), max(1, min(-(-UNITS // batch), blocks // 4))
-    threads = min(torch.get_num_threads(), groups * split)
+    threads = min(threads, groups * split)
     bounds = [groups * split * k // threads for k in range(threads + 1)]
     return [Share(first, last, groups, split) for first, last in zip(bounds, bounds[1:])]
 
