@@ -10,6 +10,7 @@ that the model's own forward pass runs and nothing of it is written twice. Place
 import contextlib
 import copy
 import itertools
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,19 @@ def answers(net, tokens, *changes, few=None):
         for layer, change in changes:
             stack.enter_context(patched(net, layer, change))
         return torch.cat([net(some).argmax(-1) for some in tokens.split(few or max(1, len(tokens)))])
+
+
+@torch.no_grad()
+def stream(net, tokens, part=128):
+    """Logits (n, K) of a model of Mamba layers, `part` tokens after the other, in memory that does not depend on the length."""
+    cache = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    for here in tokens.split(part, 1):
+        x = F.embedding(here.to(net.V.device), net.V)
+        for norm, mixer in zip(net.norms, net.mixers):
+            x = x + mixer(norm(x), cache)
+        cache.seqlen_offset += here.shape[1]
+    return net.head(net.norms[-1](x[:, -1])).cpu()
+
 
 
 def accuracy(net, tokens, values, *changes, few=None):

@@ -26,6 +26,7 @@ from types import SimpleNamespace
 import filelock
 import nbformat
 import pandas as pd
+import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from pypdf import PdfReader
@@ -169,11 +170,17 @@ def make(plan):
 
 def measured(names, runs, notebook=ROOT / NOTEBOOK):
     """mechanisms.csv of some runs, {group: [run, ...]}, as the notebook's own cells make it now: those that use lab/inside.py."""
-    sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code" and re.search(r"\binside\.", cell.source)]
+    active = [cell for cell in nbformat.read(notebook, as_version=4).cells if "active-ipynb" in cell.metadata.get("tags", [])]
+    sources = [cell.source for cell in active if re.search(r"\binside\.", cell.source)]
     space = vars(names) | {"RUNS": runs, "pool": pool, "tables": tables, "pd": pd}
-    with tempfile.TemporaryDirectory(prefix="recall-") as folder, contextlib.chdir(folder):  # they write their table where they are
-        for source in sources:
-            exec(compile(source, Path(notebook).name, "exec"), space)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small batches would wait for a second one
+    try:
+        with tempfile.TemporaryDirectory(prefix="recall-") as folder, contextlib.chdir(folder):  # they write their table where they are
+            for source in sources:
+                exec(compile(source, Path(notebook).name, "exec"), space)
+    finally:
+        torch.set_num_threads(threads)
     return space["mechanisms"]
 
 
