@@ -11,7 +11,7 @@ from IPython.display import display
 from lab import pool, store
 
 LETTERS = ("model", "K", "d", "M", "tau", "L")
-CHOICE = ("search", "check")  # groups that chose the settings: in a table of their own
+CHOICE = ("search", "check", "grid")  # groups that chose the settings: in a table of their own
 SHOWN = {"figure": [], "table": []}  # names of the outputs displayed so far, whose order gives their numbers
 
 
@@ -59,10 +59,10 @@ def searched(runs):
     """The runs of CHOICE, one row each: its setting, the steps trained, the steps to 90 % and the accuracy (%) of the test batch at the end."""
     rows = []
     for group in CHOICE:
-        for r in runs[group]:
+        for r in runs.get(group, ()):
             s = r["setting"]
             curve = pd.DataFrame(r["curve"], columns=["step", "correct"]).assign(n=s["n"], seed=s["seed"])
-            rows.append({"problem": group} | {k: s[k] for k in (*LETTERS, "norm", "rate", "seed")} | {
+            rows.append({"problem": group} | {k: s[k] for k in (*LETTERS, "norm", "heads", "rate", "weight_decay", "seed")} | {
                 "steps": int(curve.step.iloc[-1]), "steps_to_90": steps_to(curve, 90)[s["seed"]], "percent": 100 * float(curve.correct.iloc[-1]) / s["n"]})
     return pd.DataFrame(rows)
 

@@ -34,7 +34,7 @@ def toy_run(s):
     """A run that fails at rate 0.666 and else needs no training."""
     if s.rate == 0.666:
         raise FloatingPointError("step 3: the loss is nan after 2.5")
-    return dict(weights={"w": np.full(3, s.seed, np.float32)}, curve=[[1, s.seed]], accuracy=[[3, 1]], opening=[float(s.seed)], seconds={"training": 0.0})
+    return dict(weights={"w": np.full(3, s.seed, np.float32)}, curve=[[1, s.seed]], accuracy=[[3, 1, 5]], opening=[float(s.seed)], seconds={"training": 0.0})
 
 
 def toys(seeds, **letters):

@@ -14,7 +14,7 @@ from lab import store
 from lab.pool import ROOT
 
 SETTING = dict(model="mamba", d=8, M=1, tau=1, norm="layer", rate=0.003, seed=0, betas=[0.9, 0.98])
-DATA = dict(curve=[[100, 5]], accuracy=[[3, 1]], opening=[2.5, 2.4], seconds={"training": 1.0}, provenance={"processor": "x"})
+DATA = dict(curve=[[100, 5]], accuracy=[[3, 1, 5]], opening=[2.5, 2.4], seconds={"training": 1.0}, provenance={"processor": "x"})
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 from lab import tables
 
 
-def made(curve=((100, 5), (200, 9)), accuracy=((3, 4), (4, 6)), **letters):
+def made(curve=((100, 5), (200, 9)), accuracy=((3, 4, 10), (4, 6, 10)), **letters):
     """A finished run of ten test sequences."""
-    setting = dict(model="mamba", K=16, d=8, M=1, tau=1, L=64, seed=0, norm="layer", rate=0.01, n=10) | letters
+    setting = dict(model="mamba", K=16, d=8, M=1, tau=1, L=64, seed=0, norm="layer", heads=2, rate=0.01, weight_decay=0.0, n=10) | letters
     return {"setting": setting, "curve": [list(p) for p in curve], "accuracy": [list(p) for p in accuracy]}
 
 
@@ -77,7 +77,7 @@ def test_differing_names_a_row_whose_number_is_none():
 
 
 def test_selections():
-    accuracy, _ = tables.tidy({"P1a": [made(seed=1), made(accuracy=((3, 10),))], "P1b": [made(tau=5)]})
+    accuracy, _ = tables.tidy({"P1a": [made(seed=1), made(accuracy=((3, 10, 10),))], "P1b": [made(tau=5)]})
     assert tables.select(accuracy, problem="P1a", length=3).percent.tolist() == [40.0, 100.0]
     assert tables.by_seed(accuracy, problem="P1a", length=3).to_dict() == {0: 100.0, 1: 40.0}
     assert tables.by_seed(accuracy, problem="P1a", length=99).empty
