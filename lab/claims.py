@@ -304,14 +304,18 @@ def on_further(n):
     swept = n.accuracy[n.accuracy.problem.isin(["P1a", "P1b", "delays"])]
     mixed = lambda length, model: select(n.accuracy, problem="mixed", model=model, length=length).percent
     grid = lambda **letters: matching(n.searched, problem="grid", **letters).percent
+
+    def best(decay):
+        """Mamba at d = 64: both seeds at the rate that is best for them."""
+        runs = matching(n.searched, problem="grid", d=64, weight_decay=decay)
+        return runs[runs.rate == runs.groupby("rate").percent.mean().idxmax()].percent
     return [
         ("in 8 of 12 runs with one head", (grid(model="rope", M=4, heads=1) >= 90).sum(), "= 8"),
         ("8 of 12 runs with one head", len(grid(model="rope", M=4, heads=1)), "= 12"),
         ("and in 1 of 12 with two", (grid(model="rope", M=4, heads=2) >= 90).sum(), "= 1"),
         ("With sixteen every run stays below counting", (grid(model="rope", M=16) >= BASELINE).sum(), "= 0"),
         ("8.3: Mamba at d = 8, M = 16, the highest run of the grid (%)", grid(model="mamba", d=8).max(), "<= 50"),
-        ("Mamba at width 64 gains from it in one of two seeds", (matching(n.searched, problem="grid", model="mamba", d=64, weight_decay=0.1).percent >= 90).sum(), "= 1"),
-        ("8.3: Mamba at d = 64 without weight decay, the highest run of the grid (%)", grid(model="mamba", d=64, weight_decay=0.0).max(), "<= 90"),
+        ("which is ahead with it in both seeds", int(best(0.1).min() > best(0.0).max()), "= 1"),
         ("100 % at three tokens and 18 % at 64", BASELINE, "= 18 ± 0.5"),
         ("and 16 % of the rest", n.part("v ≠ q", model="nope", tau=5).mean(), "= 16 ± 0.5"),
         ("the 13 % that counting gives", float(counting_baseline([64], distinct=True)[0]), "= 13 ± 0.5"),
