@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .functions import array, check, check_tensors, one_row
+from .checks import check, check_indices, check_tensors
+from .functions import array, one_row
 from .paths import MISSING, fits, over_batch, untouched
 from .reference import causal_conv1d_ref, work_dtype
 
@@ -113,15 +114,6 @@ def state_token(form, state, x, dt, A, B, C, D, z, dt_bias):
 
 
 # States that lie elsewhere
-
-def check_indices(name, indices, batch, device):
-    """Raise TypeError or ValueError unless `indices` is one integer for each sequence."""
-    check_tensors(**{name: indices})
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} of dtype {indices.dtype}: int32 or int64 is needed")
-    if tuple(indices.shape) != (batch,) or indices.device != device:
-        raise ValueError(f"{name} of shape {tuple(indices.shape)} on {indices.device}: {(batch,)} on {device} is needed")
-
 
 def at_rows(name, indices, update, state, x, *others):
     """update(rows of state, x, *others) for the sequences whose index is not negative, their rows put back; zeros for the others, which are padding."""

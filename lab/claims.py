@@ -313,7 +313,7 @@ def on_further(n):
         ("in 8 of 12 runs with one head", (grid(model="rope", M=4, heads=1) >= 90).sum(), "= 8"),
         ("8 of 12 runs with one head", len(grid(model="rope", M=4, heads=1)), "= 12"),
         ("and in 1 of 12 with two", (grid(model="rope", M=4, heads=2) >= 90).sum(), "= 1"),
-        ("With sixteen every run stays below counting", (grid(model="rope", M=16) >= BASELINE).sum(), "= 0"),
+        ("With sixteen every run of RoPE stays below counting", (grid(model="rope", M=16) >= BASELINE).sum(), "= 0"),
         ("8.3: Mamba at d = 8, M = 16, the highest run of the grid (%)", grid(model="mamba", d=8).max(), "<= 50"),
         ("which is ahead with it in both seeds", int(best(0.1).min() > best(0.0).max()), "= 1"),
         ("100 % at three tokens and 18 % at 64", BASELINE, "= 18 ± 0.5"),

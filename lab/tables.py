@@ -59,7 +59,7 @@ def searched(runs):
     """The runs of CHOICE, one row each: its setting, the steps trained, the steps to 90 % and the accuracy (%) of the test batch at the end."""
     rows = []
     for group in CHOICE:
-        for r in runs.get(group, ()):
+        for r in runs[group]:
             s = r["setting"]
             curve = pd.DataFrame(r["curve"], columns=["step", "correct"]).assign(n=s["n"], seed=s["seed"])
             rows.append({"problem": group} | {k: s[k] for k in (*LETTERS, "norm", "heads", "rate", "weight_decay", "seed")} | {

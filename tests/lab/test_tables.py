@@ -36,8 +36,9 @@ def test_tidy_survives_its_csv(tmp_path):
 
 
 def test_searched_has_a_row_per_run():
-    rows = tables.searched({"search": [made(curve=((100, 3), (200, 9), (300, 10)))], "check": [made(M=4)], "P1a": [made()]})
-    assert rows[["problem", "M", "rate", "steps", "steps_to_90", "percent"]].values.tolist() == [["search", 1, 0.01, 300, 200.0, 100.0], ["check", 4, 0.01, 200, 200.0, 90.0]]
+    rows = tables.searched({"search": [made(curve=((100, 3), (200, 9), (300, 10)))], "check": [made(M=4)], "grid": [made(heads=1)], "P1a": [made()]})
+    assert rows[["problem", "M", "rate", "steps", "steps_to_90", "percent"]].values.tolist() == [["search", 1, 0.01, 300, 200.0, 100.0], ["check", 4, 0.01, 200, 200.0, 90.0], ["grid", 1, 0.01, 200, 200.0, 90.0]]
+    assert rows.heads.tolist() == [2, 2, 1]
 
 
 def rows(*percents, letters="abcdef"):
